@@ -1,0 +1,48 @@
+# Every target bootstraps what it needs: uv (scripts/uv), then the packages of uv.lock into .venv.
+UV := scripts/uv
+RUN := $(UV) run --no-sync
+TEST_WORKERS ?= 2
+PYTEST := $(RUN) pytest -n $(TEST_WORKERS)
+
+# Downloads and the demo's checkpoint stay in the folder, unless the caller keeps a cache elsewhere.
+ELASTIC_JAX_CACHE ?= $(CURDIR)/.cache/elastic-jax
+export ELASTIC_JAX_CACHE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-gpu lint format sync clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/.synced ## convert, compile and run a small real model in every mode, on the CPU
+	@$(RUN) elastic-jax demo
+
+test: .venv/.synced ## run the tests, without those that take minutes or a GPU
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-all: .venv/.synced ## run every test that needs no GPU
+	@$(PYTEST) -m "not gpu"
+
+test-gpu: .venv/.synced ## run the tests that need an NVIDIA GPU
+	@$(UV) sync --frozen --inexact --extra cuda13
+	@JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu
+
+lint: .venv/.synced ## check lint, format and types
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) pyright
+
+format: .venv/.synced ## mend lint and format where a machine can
+	@$(RUN) ruff check --fix
+	@$(RUN) ruff format
+
+sync: .venv/.synced ## install the locked packages into .venv
+
+# --inexact keeps the extras (cuda13, say) that somebody has added by hand.
+.venv/.synced: uv.lock pyproject.toml .python-version
+	@echo "Installing the packages of uv.lock into .venv"
+	@$(UV) sync --frozen --inexact
+	@touch $@
+
+clean: ## remove .venv and .cache
+	rm -rf .venv .cache
