@@ -137,6 +137,4 @@ def _installer() -> list[str]:
         return [uv, "pip", "install", *python, "--link-mode", "copy", "--only-binary", ":all:"]
     if importlib.util.find_spec("pip"):
         return [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--only-binary", ":all:"]
-    raise DemoModelError(
-        f"neither uv nor pip is there to fetch the demo model: install uv, or pip for {sys.executable}"
-    )
+    raise DemoModelError(f"fetching the demo model needs uv, or pip for {sys.executable}: found neither; install one")
