@@ -1,0 +1,263 @@
+"""Elastic checkpoints: one model stored once in every precision, of which each mode reads only its own part.
+
+```
+DIR/elastic.json                   the manifest: config, folders, hashes, source, tool versions
+DIR/weights/<name>/<precision>/    one Orbax checkpoint each: a group, `embedding` or `norms`
+DIR/plans/<mode>.json              which precision each group is computed in
+DIR/tokenizer/                     the model's own tokenizer files
+```
+"""
+
+import json
+import shlex
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, Self
+
+import jax
+
+from elastic_jax.checkpoint_format import (
+    EMBEDDING,
+    JOURNAL,
+    MANIFEST,
+    NORMS,
+    PLANS,
+    TOKENIZER,
+    WEIGHTS,
+    FileRecord,
+    Folder,
+    FolderName,
+    Manifest,
+)
+from elastic_jax.checkpoint_io import describe_file, read_arrays
+from elastic_jax.config import ModelConfig
+from elastic_jax.errors import CheckpointError, PlanError
+from elastic_jax.groups import LM_HEAD
+from elastic_jax.plan import Plan, read_plan, stored_precision
+
+
+class Progress(Protocol):
+    """Is told how far a long operation is; called by one thread at a time."""
+
+    def __call__(self, done: int, total: int, name: str, /) -> None:
+        """`done` of `total` bytes; `name` is the folder just finished or being worked on."""
+
+
+class Checkpoint:
+    """A complete Elastic checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        config: the model.
+        manifest: everything elastic.json says.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.config: ModelConfig = manifest.config
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Reads elastic.json, and checks that every file it names is there with its size.
+
+        Raises:
+            CheckpointError: there is no checkpoint, it is incomplete, or files are missing or of another size.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(_absent(path))
+        checkpoint = cls(path, Manifest.read(path / MANIFEST))
+        if problems := checkpoint._wrong_sizes():
+            raise CheckpointError(
+                f"{path} is damaged: {'; '.join(problems[:5])}{_more(problems, 5)}. "
+                "Copy the checkpoint again, or convert its source again with --overwrite"
+            )
+        return checkpoint
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder of the model's tokenizer files."""
+        return self.path / TOKENIZER
+
+    def folders(self, plan: Plan) -> list[FolderName]:
+        """The folders that a plan reads, in the order the model computes them.
+
+        A tied language-model head in bf16 is the embedding, and reads nothing more.
+
+        Raises:
+            PlanError: the plan is for another model.
+            CheckpointError: the plan reads a precision that was not stored.
+        """
+        plan.check(self.config)
+        wanted = [(EMBEDDING, "bf16"), (NORMS, "bf16")]
+        for group, choice in plan.choices.items():
+            folder = (group, stored_precision(choice))
+            if folder != (LM_HEAD, "bf16") or not self.config.tie_word_embeddings:
+                wanted.append(folder)
+        if missing := [folder for folder in wanted if folder not in self.manifest.folders]:
+            precisions = ", ".join(sorted({precision for _, precision in missing}))
+            raise CheckpointError(
+                f"mode {plan.name!r} reads {len(missing)} groups in {precisions}, which {self.path} does not hold "
+                f"(the first: {missing[0][0]}): convert the source again without --only, or use a mode that needs "
+                f"only what is stored: {self._possible_modes() or 'there is none'}"
+            )
+        return wanted
+
+    def weight_bytes(self, plan: Plan) -> int:
+        """Bytes of the arrays a plan needs in memory."""
+        return sum(self._folder(*folder).nbytes for folder in self.folders(plan))
+
+    def leaves(self, name: str, precision: str) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays of one folder: `values` [out, in] (and `scales` [out, blocks]); of `norms`: `attention`, `mlp`
+        [layers, hidden] and `final` [hidden].
+
+        Raises:
+            CheckpointError: the checkpoint does not hold the folder.
+        """
+        return {leaf: described.struct for leaf, described in self._folder(name, precision).leaves.items()}
+
+    def restore(
+        self,
+        folders: Iterable[FolderName],
+        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+        workers: int,
+        progress: Progress | None = None,
+    ) -> dict[FolderName, dict[str, jax.Array]]:
+        """Reads folders to a device, several at once; traces and compiles nothing.
+
+        Args:
+            folders: what to read; nothing else is opened.
+            device: where the arrays go.
+            workers: folders being read at the same time; each needs host memory for its arrays.
+            progress: is told about bytes of arrays.
+
+        Raises:
+            CheckpointError: a folder is not stored, cannot be read, or holds something else than elastic.json says.
+        """
+        wanted, place = list(folders), jax.sharding.SingleDeviceSharding(device)
+        total, done, lock = sum(self._folder(*folder).nbytes for folder in wanted), 0, threading.Lock()
+
+        def read(folder: FolderName) -> dict[str, jax.Array]:
+            nonlocal done
+            arrays = self._restore_folder(folder, place)
+            with lock:
+                done += self._folder(*folder).nbytes
+                if progress is not None:
+                    progress(done, total, "/".join(folder))
+            return arrays
+
+        with ThreadPoolExecutor(max_workers=workers) as pool:
+            return dict(zip(wanted, pool.map(read, wanted), strict=True))
+
+    def plans(self) -> dict[str, Plan]:
+        """Every plan that is stored, by name.
+
+        Raises:
+            PlanError: a plan file is damaged or is for another model.
+        """
+        return {path.stem: self.plan(path.stem) for path in sorted((self.path / PLANS).glob("*.json"))}
+
+    def plan(self, mode: str) -> Plan:
+        """The plan of a mode.
+
+        Raises:
+            PlanError: there is no such mode (the message names those there are), or its plan is damaged or is for
+                another model.
+        """
+        modes = sorted(path.stem for path in (self.path / PLANS).glob("*.json"))
+        if mode not in modes:
+            raise PlanError(f"{self.path} has no mode {mode!r}; modes there: {modes}")
+        plan = read_plan(self.path / PLANS / f"{mode}.json")
+        plan.check(self.config)
+        return plan
+
+    def verify(self) -> list[str]:
+        """Reads every file and compares its sha256 with elastic.json's; returns the problems, in words."""
+        problems = self._wrong_sizes()
+        damaged = {problem.split(":")[0] for problem in problems}
+        for name, record in self._files().items():
+            if name in damaged:
+                continue
+            found = describe_file(self.path / name)
+            if found.sha256 != record.sha256:
+                problems.append(f"{name}: sha256 should be {record.sha256}, found {found.sha256}")
+        return problems
+
+    def _folder(self, name: str, precision: str) -> Folder:
+        folder = self.manifest.folders.get((name, precision))
+        if folder is None:
+            stored = sorted(other for stored_name, other in self.manifest.folders if stored_name == name)
+            raise CheckpointError(f"{self.path} does not hold {name} in {precision}; precisions stored: {stored}")
+        return folder
+
+    def _files(self) -> dict[str, FileRecord]:
+        """Every file that elastic.json names, by path below the checkpoint."""
+        files = {f"{TOKENIZER}/{name}": record for name, record in self.manifest.tokenizer.items()}
+        for (name, precision), folder in self.manifest.folders.items():
+            files |= {f"{WEIGHTS}/{name}/{precision}/{path}": record for path, record in folder.files.items()}
+        return files
+
+    def _wrong_sizes(self) -> list[str]:
+        problems = []
+        for name, record in self._files().items():
+            try:
+                size = (self.path / name).stat().st_size
+            except OSError:
+                problems.append(f"{name}: missing")
+                continue
+            if size != record.size:
+                problems.append(f"{name}: should have {record.size} bytes, has {size}")
+        return problems
+
+    def _possible_modes(self) -> list[str]:
+        possible = []
+        for mode, plan in self.plans().items():
+            needed = {(group, stored_precision(choice)) for group, choice in plan.choices.items()}
+            tied = {(LM_HEAD, "bf16")} if self.config.tie_word_embeddings else set()
+            if needed - tied <= set(self.manifest.folders):
+                possible.append(mode)
+        return possible
+
+    def _restore_folder(self, folder: FolderName, place: jax.sharding.Sharding) -> dict[str, jax.Array]:
+        expected = self._folder(*folder).leaves
+        path = self.path / WEIGHTS / Path(*folder)
+        try:
+            found = read_arrays(path.absolute(), {name: leaf.struct for name, leaf in expected.items()})
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            raise CheckpointError(f"{path} cannot be read: {error}; `verify` lists the damaged files") from error
+        arrays = {}
+        for name, leaf in expected.items():
+            if (found[name].shape, found[name].dtype) != (leaf.shape, leaf.struct.dtype):
+                raise CheckpointError(
+                    f"{path}: {name} should be {leaf.dtype}{list(leaf.shape)}, "
+                    f"found {found[name].dtype}{list(found[name].shape)}; `verify` lists the damaged files"
+                )
+            # Waiting here bounds the host memory of copies to the number of workers.
+            arrays[name] = jax.device_put(found[name], place).block_until_ready()
+        return arrays
+
+
+def _more(items: list[str], shown: int) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _absent(path: Path) -> str:
+    """Why there is no checkpoint here, and what to do."""
+    if not path.is_dir():
+        return f"no Elastic checkpoint {path}: there is no such folder; make one with `convert-weights SOURCE {path}`"
+    if (path / JOURNAL).is_file():
+        return f"{path} is an unfinished conversion; finish it with: {_finish_command(path)}"
+    if (path / "config.json").is_file():
+        return f"{path} is a Hugging Face folder, not an Elastic checkpoint; convert it: `convert-weights {path} NEW`"
+    return f"{path} is not an Elastic checkpoint: it has no {MANIFEST}; make one with `convert-weights SOURCE NEW`"
+
+
+def _finish_command(path: Path) -> str:
+    try:
+        command = json.loads((path / JOURNAL).read_text("utf-8"))["finish"]
+        return shlex.join(["convert-weights", *command["arguments"], str(path), *command["options"]])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"convert-weights SOURCE {path} (its {JOURNAL} is unreadable: add --overwrite)"

@@ -1,0 +1,130 @@
+"""Files that are whole or absent: everything goes to a temporary sibling, is flushed to the disk, and is renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from elastic_jax.checkpoint_format import FileRecord
+
+PARTIAL = ".partial"
+"""Suffix of what is being written; anything that has it was interrupted and may be deleted."""
+
+_CHUNK_BYTES = 64 << 20
+_READ_BYTES = 4 << 20
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> FileRecord:
+    """Writes a file atomically."""
+    partial = path.with_name(path.name + PARTIAL)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+    sync(path.parent)
+    return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_json(path: Path, values: Any) -> FileRecord:
+    """Writes JSON atomically, with a stable layout."""
+    return write_file(path, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def describe_file(path: Path) -> FileRecord:
+    """Size and sha256 of a file; its content need not fit in memory."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileRecord(size, digest.hexdigest())
+
+
+def describe_folder(path: Path) -> dict[str, FileRecord]:
+    """Size and sha256 of every file below a folder, by relative path."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {file.relative_to(path).as_posix(): describe_file(file) for file in files}
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder to fill; if nothing raises, it takes `path`'s place."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    for entry in (*partial.rglob("*"), partial):
+        sync(entry)
+    if path.exists():
+        shutil.rmtree(path)
+    partial.rename(path)
+    sync(path.parent)
+
+
+def write_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> dict[str, FileRecord]:
+    """Writes arrays as one Orbax checkpoint, atomically; equal arrays give equal files.
+
+    Not compressed: int8 weights shrink by a tenth only, files would depend on the compressor's version, and reading
+    them would cost more than it saves.
+
+    Returns:
+        Path below the folder -> size and sha256, read back from the files.
+    """
+    # Orbax's default, OCDBT, is slower here and names its files at random. The handler is used alone because the
+    # checkpointer around it adds files with times in them; atomicity is new_folder's part.
+    with new_folder(path) as partial:
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
+        try:
+            save_args = {name: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf)) for name, leaf in leaves.items()}
+            handler.save(epath.Path(partial), args=ocp.args.PyTreeSave(dict(leaves), save_args=save_args))
+        finally:
+            handler.close()
+        return describe_folder(partial)
+
+
+def _chunk_bytes(array: np.ndarray) -> int | None:
+    """Size of the files an array is split into, so that reading one needs little memory beside the array.
+
+    Orbax splits dimensions by their divisors, and a dimension with few of them would become one file a row. So arrays
+    are split only where halving works; others are one file.
+    """
+    halvings = max(0, -(-array.nbytes // _CHUNK_BYTES) - 1).bit_length()
+    if halvings == 0 or any(size % (1 << halvings) for size in array.shape):
+        return None
+    return array.nbytes >> halvings
+
+
+def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Reads the named arrays of an Orbax checkpoint.
+
+    Raises:
+        Whatever Orbax raises for missing or damaged files.
+    """
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+    try:
+        restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+        return handler.restore(
+            epath.Path(path), args=ocp.args.PyTreeRestore(item=dict(names), restore_args=restore_args)
+        )
+    finally:
+        handler.close()
