@@ -11,6 +11,7 @@ import pickle
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src.interpreters import pxla  # no public name for the class whose instances are stored
 from jaxlib import xla_client
 
@@ -93,9 +94,10 @@ def _without_source(unloaded: pxla.UnloadedMeshExecutable, name: str) -> pxla.Un
 
 
 class _Pickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> tuple[str, *tuple[Any, ...]] | None:
+    def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         if isinstance(obj, xla_client.LoadedExecutable):
-            return _EXECUTABLE, obj.serialize()
+            (device,) = obj.local_devices()
+            return _EXECUTABLE, device.id, obj.serialize()
         if isinstance(obj, xla_client.Device):
             return (_DEVICE,)
         if isinstance(obj, xla_client.Client):
@@ -119,11 +121,20 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         match pid:
-            case ("executable", bytes(serialized)):
-                devices = xla_client.DeviceList((self._device,))
-                return self._device.client.deserialize_executable(serialized, executable_devices=devices)
-            case ("device",):
+            case (str(kind), int(compiled_on), bytes(serialized)) if kind == _EXECUTABLE:
+                return _load_executable(serialized, self._device, compiled_on)
+            case (str(kind),) if kind == _DEVICE:
                 return self._device
-            case ("client",):
+            case (str(kind),) if kind == _CLIENT:
                 return self._device.client
         raise ExecutableError(f"{self._source} is damaged: it holds an unknown object")
+
+
+def _load_executable(serialized: bytes, device: Device, compiled_on: int) -> Any:
+    devices = xla_client.DeviceList((device,))
+    if device.id == compiled_on:
+        return device.client.deserialize_executable(serialized, executable_devices=devices)
+    # XLA's bytes name the device's number, whatever `executable_devices` says.
+    options = xla_client.CompileOptions()
+    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id]]))
+    return device.client.deserialize_executable(serialized, executable_devices=devices, compile_options=options)
