@@ -1,0 +1,176 @@
+"""The Mistral architecture in Flax NNX, over flat tokens and a paged KV cache.
+
+It is the model of Jiang et al. (arXiv:2310.06825) without sliding window: RMSNorm, rotary embedding, grouped-query
+attention, SwiGLU. This file knows no quantization, plan, mesh or compilation: a weight is whatever
+`quantization.dot` takes, and attention is whichever implementation the caller names.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int32
+
+from elastic_jax.batch import TokenBatch
+from elastic_jax.config import ModelConfig
+from elastic_jax.groups import LM_HEAD
+from elastic_jax.quantization import dot
+
+type Attention = Callable[[Array, Array, TokenBatch], Array]
+"""(query [tokens, heads, dim], kv [slots, 2, kv_heads, dim], batch) -> float32 [tokens, heads, dim]."""
+
+
+class Linear(nnx.Module):
+    """A product with one group's weight, stored [out, in]."""
+
+    def __init__(self, weight: Any) -> None:
+        self.weight = weight if isinstance(weight, nnx.Param) else nnx.Param(weight)
+
+    def __call__(self, x: Float[Array, "tokens in"], *, generated: int) -> Float32[Array, "tokens out"]:
+        """Multiplies; the first `generated` rows are generated tokens."""
+        return dot(x, self.weight.get_value(), generated=generated)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalization (Zhang and Sennrich, arXiv:1910.07467), computed and returned in float32."""
+
+    def __init__(self, weight: Any, eps: float) -> None:
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens hidden"]:
+        """Normalizes over the last axis."""
+        x = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return x * scale * self.weight.get_value().astype(jnp.float32)[None, :]
+
+
+def rotation(
+    position: Int32[Array, " tokens"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "tokens half"], Float32[Array, "tokens half"]]:
+    """Cosine and sine of the rotary embedding's angles (Su et al., arXiv:2104.09864): position / theta**(2i/dim)."""
+    # In float64 on the host: a float32 power would be off by whole radians at long contexts.
+    frequency = jnp.asarray(np.float32(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)))
+    angle = position.astype(jnp.float32)[:, None] * frequency[None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+    x: Float32[Array, "tokens heads dim"], cos: Float32[Array, "tokens half"], sin: Float32[Array, "tokens half"]
+) -> Float32[Array, "tokens heads dim"]:
+    """Rotates pairs (i, i + dim/2), the order of Hugging Face's weights."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query self-attention (Ainslie et al., arXiv:2305.13245) over the paged cache."""
+
+    def __init__(self, config: ModelConfig, qkv: Any, o: Any, attention: Attention) -> None:
+        self.config = config
+        self.qkv = Linear(qkv)
+        self.o = Linear(o)
+        self.attention = attention
+
+    def __call__(
+        self,
+        x: Float32[Array, "tokens hidden"],
+        angles: tuple[Array, Array],
+        kv: Float[Array, "slots 2 kv_heads dim"],
+        batch: TokenBatch,
+    ) -> tuple[Float32[Array, "tokens hidden"], Float[Array, "slots 2 kv_heads dim"]]:
+        """Writes this step's keys and values into the cache, then attends over it; returns both."""
+        c = self.config
+        with jax.named_scope("qkv"):
+            q, k, v = jnp.split(self.qkv(x, generated=batch.generated), (c.q_size, c.q_size + c.kv_size), axis=-1)
+        with jax.named_scope("rotary"):
+            q = rotate(q.reshape(-1, c.num_heads, c.head_dim), *angles)
+            k = rotate(k.reshape(-1, c.num_kv_heads, c.head_dim), *angles)
+            v = v.reshape(k.shape)
+        with jax.named_scope("kv_write"):
+            kv = kv.at[batch.slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype), mode="drop")
+        with jax.named_scope("attention"):
+            out = self.attention(q.astype(kv.dtype), kv, batch)
+        with jax.named_scope("o"):
+            return self.o(out.reshape(-1, c.q_size), generated=batch.generated), kv
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, gate_up: Any, down: Any) -> None:
+        self.gate_up = Linear(gate_up)
+        self.down = Linear(down)
+
+    def __call__(self, x: Float32[Array, "tokens hidden"], *, generated: int) -> Float32[Array, "tokens hidden"]:
+        """down(silu(gate(x)) * up(x))."""
+        with jax.named_scope("gate_up"):
+            gate, up = jnp.split(self.gate_up(x, generated=generated), 2, axis=-1)
+        with jax.named_scope("down"):
+            return self.down(jax.nn.silu(gate) * up, generated=generated)
+
+
+class Block(nnx.Module):
+    """One transformer layer: attention and MLP, each on a normalized copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layer: int, attention: Attention) -> None:
+        name = f"layers.{layer}"
+        self.attention_norm = RMSNorm(weights[f"{name}.attention_norm"], config.rms_norm_eps)
+        self.attention = SelfAttention(config, weights[f"{name}.qkv"], weights[f"{name}.o"], attention)
+        self.mlp_norm = RMSNorm(weights[f"{name}.mlp_norm"], config.rms_norm_eps)
+        self.mlp = MLP(weights[f"{name}.gate_up"], weights[f"{name}.down"])
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Array, batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], Array]:
+        """The residual stream after this layer, and the layer's cache."""
+        attended, kv = self.attention(self.attention_norm(x), angles, kv, batch)
+        x = x + attended.astype(x.dtype)
+        x = x + self.mlp(self.mlp_norm(x), generated=batch.generated).astype(x.dtype)
+        return x, kv
+
+
+class Mistral(nnx.Module):
+    """The decoder.
+
+    Args:
+        config: the model's shape.
+        weights: `embedding`, `final_norm`, `lm_head`, and per layer `attention_norm`, `mlp_norm` and its four groups,
+            by name (`weights.py` lists them); arrays, `QArray`s, or `jax.ShapeDtypeStruct`s. Without `lm_head`, it is
+            the embedding (tied).
+        attention: the implementation of attention.
+        dtype: type of the residual stream.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Any], *, attention: Attention, dtype: jnp.dtype
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.embedding = nnx.Param(weights["embedding"])
+        self.layers = nnx.List([Block(config, weights, i, attention) for i in range(config.num_layers)])
+        self.final_norm = RMSNorm(weights["final_norm"], config.rms_norm_eps)
+        self.lm_head = Linear(weights.get(LM_HEAD, self.embedding))
+
+    def __call__(
+        self, token: Int32[Array, " tokens"], kv: tuple[Array, ...], batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], tuple[Array, ...]]:
+        """The residual stream after the last layer, and every layer's cache with this step's tokens in it."""
+        with jax.named_scope("embed"):
+            x = self.embedding.get_value().at[token].get(mode="clip").astype(self.dtype)
+            angles = rotation(batch.position, self.config.head_dim, self.config.rope_theta)
+        written = []
+        for i, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
+            with jax.named_scope(f"layer_{i}"):
+                x, cache = layer(x, angles, cache, batch)
+            written.append(cache)
+        return x, tuple(written)
+
+    def logits(self, x: Float[Array, "rows hidden"]) -> Float32[Array, "rows vocab"]:
+        """Next-token logits of some rows of the residual stream."""
+        with jax.named_scope("lm_head"):
+            return self.lm_head(self.final_norm(x), generated=x.shape[0])

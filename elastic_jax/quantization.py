@@ -1,0 +1,138 @@
+"""Integer weights, and the one dot that every matrix product of the model goes through.
+
+Precision follows the token's role. Generated tokens are bound by reading weights, prompt tokens by arithmetic, and both
+read the same int8 weights in one integer dot: a generated token brings two rows (the planes of a 16-bit activation), a
+prompt token one row (8 bits) or two. What a token's activations are rounded to depends on its role alone, never on the
+step it happens to be computed in.
+
+What this file does not do: calibration, static activation scales, weights of fewer than 8 bits.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, Int32
+
+type Activations = Literal["a8", "a16"]
+"""Width of a prompt token's activations; a generated token's are always 16-bit."""
+
+_PLANE_MAX = 127 * 256
+"""Largest 16-bit activation: 256 * 127 + 0. Scaling by 32767 instead would let the high plane reach 128."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QArray:
+    """A matrix of integers with scales: `weight[n, k] = values[n, k] * scales[n, 0]`.
+
+    Invariant: `values` lie in [-127, 127] (never -128, so that negation is exact), `scales` are positive and finite, and
+    `scales.shape == (values.shape[0], 1)`. A zero row has scale 1. Leaves may be `jax.ShapeDtypeStruct`s, so that
+    lowering, memory planning and restoring need no real weights.
+
+    Attributes:
+        values: int8 [out, in].
+        scales: float32 [out, 1], one scale an output channel. Several columns would be blocks along `in`: stored
+            checkpoints describe them, this dot does not compute them yet.
+        prompt_activations: the width that prompt tokens' activations are rounded to before the dot.
+    """
+
+    values: Any
+    scales: Any
+    prompt_activations: Activations = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.values.shape
+
+    def dequantize(self) -> Float32[Array, "out in"]:
+        """The matrix the integers stand for."""
+        return self.values.astype(jnp.float32) * self.scales
+
+
+def quantize(weight: Float[Array, "out in"], *, prompt_activations: Activations) -> QArray:
+    """Rounds a matrix to int8 per output channel, symmetrically: scale = absmax / 127, ties to even."""
+    weight = weight.astype(jnp.float32)
+    scales = _scale(weight, 127)
+    values = jnp.clip(jnp.round(weight / scales), -127, 127).astype(jnp.int8)
+    return QArray(values, scales, prompt_activations)
+
+
+def _scale(x: Float32[Array, "rows in"], largest: int) -> Float32[Array, "rows 1"]:
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    return jnp.where(absmax == 0, 1.0, absmax / largest)
+
+
+def quantize_8bit(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows 1"]]:
+    """One int8 plane per token: x is about `plane * scale`, scale = absmax / 127."""
+    x = x.astype(jnp.float32)
+    scale = _scale(x, 127)
+    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
+
+
+def quantize_16bit(
+    x: Float[Array, "rows in"],
+) -> tuple[Int8[Array, "rows in"], Int8[Array, "rows in"], Float32[Array, "rows 1"]]:
+    """Two int8 planes per token: x is about `(256 * high + low) * scale`, scale = absmax / 32512."""
+    x = x.astype(jnp.float32)
+    scale = _scale(x, _PLANE_MAX)
+    q = jnp.clip(jnp.round(x / scale), -_PLANE_MAX, _PLANE_MAX).astype(jnp.int32)
+    high = (q + 128) >> 8  # floors, so that low lies in [-128, 127]
+    return high.astype(jnp.int8), (q - (high << 8)).astype(jnp.int8), scale
+
+
+def _integer_dot(x: Int8[Array, "rows in"], values: Int8[Array, "out in"]) -> Int32[Array, "rows out"]:
+    # int32 must be asked for: an int8 result takes a slow path on GPU. Sums fit: 32768 * 127 * 128 < 2**31.
+    return jax.lax.dot_general(x, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+
+
+def _quantized_dot(x: Float[Array, "tokens in"], weight: QArray, wide: int) -> Float32[Array, "tokens out"]:
+    """The first `wide` tokens bring two planes each, the others one; all rows share one integer dot."""
+    planes, scales = [], []
+    if wide:
+        high, low, scale = quantize_16bit(x[:wide])
+        planes += [high, low]
+        scales.append(scale)
+    if wide < x.shape[0]:
+        plane, scale = quantize_8bit(x[wide:])
+        planes.append(plane)
+        scales.append(scale)
+    sums = _integer_dot(jnp.concatenate(planes), weight.values).astype(jnp.float32)
+    # 256 * high overflows int32 for wide K, so the planes are joined in float32.
+    joined = jnp.concatenate([256.0 * sums[:wide] + sums[wide : 2 * wide], sums[2 * wide :]])
+    return joined * jnp.concatenate(scales) * weight.scales[:, 0][None, :]
+
+
+def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float32[Array, "tokens out"]:
+    def dot(x: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def two_rows(x: Array, weight: Array) -> Array:
+        return dot(jnp.concatenate([x, x]), weight)[:1]
+
+    x = x.astype(weight.dtype)
+    if x.shape[0] > 1:
+        return dot(x, weight)
+    # XLA:CPU has no one-row bf16 product: it would convert the whole weight to float32 first, 7 times slower.
+    return jax.lax.platform_dependent(x, weight, cpu=two_rows, default=dot)
+
+
+def dot(
+    x: Float[Array, "tokens in"], weight: Float[Array, "out in"] | QArray, *, generated: int
+) -> Float32[Array, "tokens out"]:
+    """Multiplies tokens by a weight stored [out, in]; the weight's type decides how.
+
+    Args:
+        x: activations, the generated tokens' rows first.
+        weight: a float matrix (activations are cast to its dtype, sums are float32), or a `QArray`.
+        generated: how many of the first rows are generated tokens.
+
+    Returns:
+        float32 [tokens, out].
+    """
+    if isinstance(weight, QArray):
+        wide = x.shape[0] if weight.prompt_activations == "a16" else generated
+        return _quantized_dot(x, weight, wide)
+    return _plain_dot(x, weight)
