@@ -86,7 +86,7 @@ def compile_units(
     existing = complete_store(units, folder, identity, device, compiler_options=options)
     if existing is not None:
         return existing
-    folder.parent.mkdir(_FOLDER_MODE, parents=True, exist_ok=True)
+    _make_folder(folder.parent)
     with _partial_folder(folder) as partial, _without_persistent_cache():
         records = _compile_all(units, partial, device, options, workers, progress)
         manifest = Manifest(full_identity(identity, Target.of(device), options), records)
@@ -217,6 +217,13 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def _make_folder(folder: Path) -> None:
+    # `parents=True` would give the folders between whatever mode the umask leaves.
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(_FOLDER_MODE, exist_ok=True)
 
 
 def _remove_files(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import collections
 import threading
 from types import TracebackType
-from typing import Self
 
 import jax
 import jax.monitoring
@@ -51,7 +50,7 @@ class CompileCounter:
         """Stops counting."""
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "CompileCounter":
         return self
 
     def __exit__(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from aot_cache.unit import Properties, check_name
 from elastic_jax.errors import ExecutableError
@@ -82,7 +82,7 @@ class Manifest:
         return (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
-    def from_json(cls, values: Any, *, source: str) -> Self:
+    def from_json(cls, values: Any, *, source: str) -> "Manifest":
         """Reads what `to_json` wrote; `source` names the file in errors.
 
         Raises:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jax.experimental import topologies
 
@@ -46,7 +46,7 @@ class Target:
     facts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, device: Device) -> Self:
+    def of(cls, device: Device) -> "Target":
         """The target that a device is.
 
         Raises:
