@@ -21,7 +21,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes, dtypes and types of every call are checked; this works only on modules imported from here on.
-jaxtyping.install_import_hook(PACKAGES, "beartype.beartype")
+jaxtyping.install_import_hook(PACKAGES, "runtime_types.checked")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
