@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, Self, get_args, runtime_checkable
 
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -19,11 +19,13 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     owner, _, _ = function.__qualname__.rpartition(".")
     if not owner or "<locals>" in owner:
         return beartype(function)
-    overrides = BeartypeHintOverrides({Self: f"{function.__module__}.{owner}"})
+    overrides = FrozenDict({Self: f"{function.__module__}.{owner}"})
     return beartype(function, conf=BeartypeConf(hint_overrides=overrides))
 
 
 def _parts(hint: Any) -> Iterator[Any]:
     yield hint
-    for part in hint if isinstance(hint, list) else get_args(hint):
-        yield from _parts(part)
+    inner = hint if isinstance(hint, list) else (*get_args(hint), getattr(hint, "__bound__", None))
+    for part in inner:
+        if part is not None:
+            yield from _parts(part)
