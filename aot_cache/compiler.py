@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ type Progress = Callable[[str, float | None, int, int], None]
 """Called with a unit's name, its seconds (None when it starts), how many units are done, and how many there are."""
 
 _FOLDER_MODE, _FILE_MODE = 0o755, 0o644  # less what the umask takes: never writable by others
+
+_MAX_CONSTANTS = 1 << 20
+"""Bytes of arrays that a unit may close over: tables, not weights."""
 
 
 def complete_store(
@@ -127,7 +130,7 @@ def _compile_all(
             future.result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    return records
+    return {unit.name: records[unit.name] for unit in units}
 
 
 def _compile(unit: Unit, device: Device, options: CompilerOptions) -> tuple[bytes, Memory]:
@@ -141,13 +144,24 @@ def _compile(unit: Unit, device: Device, options: CompilerOptions) -> tuple[byte
     try:
         # Without frames no path of this machine enters the executable. The option is thread-local, as it should be.
         with jax_config.traceback_in_locations_limit(0):
-            lowered = jax.jit(function, donate_argnums=unit.donate, keep_unused=True).lower(*arguments)
+            traced = jax.jit(function, donate_argnums=unit.donate, keep_unused=True).trace(*arguments)
+            _check_constants(unit.name, traced.jaxpr.consts)
+            lowered = traced.lower()
             compiled = lowered.compile(compiler_options=dict(options))
+    except ExecutableError:
+        raise
     except Exception as error:
         raise ExecutableError(f"unit {unit.name} cannot be compiled: {type(error).__name__}: {error}") from error
     if not isinstance(lowered.out_info, tuple) or not jax.tree_util.all_leaves(lowered.out_info):
         raise ExecutableError(f"unit {unit.name} must return a flat tuple of arrays, not {compiled.out_tree}")
     return payload.to_bytes(compiled, name=unit.name), _memory(compiled, unit.name)
+
+
+def _check_constants(name: str, constants: Iterable[Any]) -> None:
+    # Weights that are closed over by mistake would be written into the executable, once for each unit.
+    size = sum(getattr(constant, "nbytes", 0) for constant in constants)
+    if size > _MAX_CONSTANTS:
+        raise ExecutableError(f"unit {name} closes over {size} bytes of arrays: pass them as arguments")
 
 
 def _memory(compiled: jax.stages.Compiled, name: str) -> Memory:

@@ -92,6 +92,14 @@ def test_nested_results_are_refused(empty):
         empty.compile(units=[unit("nested", lambda x: (x, (x,)), (2,))])
 
 
+def test_closed_over_weights_are_refused(empty):
+    weights = jnp.ones((600, 600))
+    with pytest.raises(
+        ExecutableError, match="unit closed closes over 1440000 bytes of arrays: pass them as arguments"
+    ):
+        empty.compile(units=[unit("closed", lambda x: (x @ weights,), (2, 600))])
+
+
 def test_same_name_twice_is_refused(empty):
     twice = unit("twice", lambda x: (x,), (2,))
     with pytest.raises(ExecutableError, match="several units are called twice"):
