@@ -1,4 +1,4 @@
-"""Renders a model's chat template as transformers does, without importing it: that takes two seconds, and warns of torch.
+"""Renders a model's chat template as transformers does, without importing it: that takes two seconds.
 
 What a template may use is described in transformers' documentation, "Writing a chat template": Jinja in a sandbox with
 block trimming, loop controls, `raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, `{% generation %}`.

@@ -249,7 +249,7 @@ class Detokenizer:
 
 
 def _borders(stop: str) -> list[int]:
-    """For each prefix of `stop`, the length of its longest proper border (the failure table of Knuth, Morris, Pratt)."""
+    """Knuth, Morris and Pratt's failure table: for each prefix, how long a proper prefix of it is also its suffix."""
     lengths = [0] * len(stop)
     length = 0
     for index in range(1, len(stop)):

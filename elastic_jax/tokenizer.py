@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 
 from elastic_jax.chat_template import ChatTemplate, Message
 from elastic_jax.detokenizer import DecoderScheme, Detokenizer
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a folder with tokenizer.json and, where they exist, tokenizer_config.json, chat_template.jinja and so on.
+        """Reads tokenizer.json and, where present, tokenizer_config.json, chat_template.jinja, generation_config.json.
 
         Raises:
             TokenizerError: a file is missing or malformed, or describes something that is not implemented.
@@ -85,7 +85,6 @@ class Tokenizer:
         config = _read_json(path / "tokenizer_config.json")
         special_tokens = _special_tokens(path, config)
         _mark_special(backend, special_tokens, source)
-        _add_sequence_marks(backend, config, special_tokens, path)
         _correct_pattern(backend, config, path)
         return cls(
             backend=backend,
@@ -101,7 +100,8 @@ class Tokenizer:
 
         Args:
             text: any text.
-            add_special_tokens: add those the tokenizer puts round a text, usually a BOS.
+            add_special_tokens: add those that the post-processor of tokenizer.json puts round a text, usually a BOS.
+                (`add_bos_token` in tokenizer_config.json means nothing beside a tokenizer.json, as in transformers 5.)
 
         Raises:
             RequestError: the text is not Unicode (it holds half of a surrogate pair).
@@ -228,24 +228,6 @@ def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, st
             raise TokenizerError(f"{source}: lacks {token!r}, which tokenizer_config.json names as {name}")
         if token not in special:
             backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-
-
-def _add_sequence_marks(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], special_tokens: Mapping[str, str], folder: Path
-) -> None:
-    """`add_bos_token` and `add_eos_token` of tokenizer_config.json, where given, replace tokenizer.json's own rule."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    parts, used = ["$A:0"], []
-    for key, name, index in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", 1)):
-        if not config.get(key):
-            continue
-        if name not in special_tokens:
-            raise TokenizerError(f"{folder / 'tokenizer_config.json'}: {key} is set, but there is no {name}")
-        token = special_tokens[name]
-        parts.insert(index * len(parts), f"{token}:0")
-        used.append((token, backend.token_to_id(token)))
-    backend.post_processor = processors.TemplateProcessing(single=" ".join(parts), special_tokens=used)
 
 
 def _correct_pattern(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> None:
