@@ -8,6 +8,7 @@ and the trees of arguments and results are not stored, because every unit takes 
 import dataclasses
 import io
 import pickle
+import types
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from elastic_jax.errors import ExecutableError
 _ALLOWED = frozenset(
     {
         ("jax", "P"),
-        ("jax._src.core", "DebugInfo"),
         ("jax._src.core", "ManualAxisType"),
         ("jax._src.core", "MemorySpace"),
         ("jax._src.core", "ShapedArray"),
@@ -32,11 +32,12 @@ _ALLOWED = frozenset(
         ("jax._src.linear_util", "DebugInfo"),
         ("jax._src.mesh", "AbstractMesh"),
         ("jax._src.named_sharding", "_unpickle_named_sharding"),
-        ("jax._src.partition_spec", "PartitionSpec"),
         ("jax._src.sharding_impls", "_unpickle_single_device_sharding"),
         ("jax._src.stages", "ArgInfo"),
         ("jaxlib._jax", "DeviceList"),
         ("ml_dtypes", "bfloat16"),
+        ("ml_dtypes", "int4"),
+        ("ml_dtypes", "uint4"),
         ("numpy", "dtype"),
     }
 )
@@ -49,7 +50,8 @@ def to_bytes(compiled: jax.stages.Compiled, *, name: str) -> bytes:
     """Serializes a compiled function of flat arguments and results.
 
     Raises:
-        ExecutableError: the backend cannot serialize it, it closes over arrays, or it spans several devices.
+        ExecutableError: the backend cannot serialize it, it closes over arrays, spans several devices, or has arguments
+            of a type that could not be loaded.
     """
     unloaded = getattr(compiled._executable, "_unloaded_executable", None)
     if not isinstance(unloaded, pxla.UnloadedMeshExecutable):
@@ -60,7 +62,7 @@ def to_bytes(compiled: jax.stages.Compiled, *, name: str) -> bytes:
         raise ExecutableError(f"unit {name} spans {len(unloaded.device_list)} devices: only one is implemented")
     arguments = jax.tree.leaves(compiled.args_info)
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol=5).dump((_without_source(unloaded, name), arguments))
+    _Pickler(buffer, name).dump((_without_source(unloaded, name), arguments))
     return buffer.getvalue()
 
 
@@ -94,6 +96,19 @@ def _without_source(unloaded: pxla.UnloadedMeshExecutable, name: str) -> pxla.Un
 
 
 class _Pickler(pickle.Pickler):
+    def __init__(self, buffer: io.BytesIO, name: str) -> None:
+        super().__init__(buffer, protocol=5)
+        self._name = name
+
+    def reducer_override(self, obj: Any) -> Any:
+        # Better refused here than after the compilation, when it is loaded.
+        if isinstance(obj, type | types.FunctionType) and (obj.__module__, obj.__qualname__) not in _ALLOWED:
+            raise ExecutableError(
+                f"unit {self._name}: its arguments or results need {obj.__module__}.{obj.__qualname__}, which is not "
+                "among what may be stored. Pass plain arrays (for a random key its `jax.random.key_data`)"
+            )
+        return NotImplemented
+
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         if isinstance(obj, xla_client.LoadedExecutable):
             (device,) = obj.local_devices()

@@ -29,6 +29,20 @@ def test_round_trip():
     assert result.tolist() == [0.0, 2.0, 4.0]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int4, jnp.uint4, jnp.uint32, jnp.bool_, jnp.float16])
+def test_dtypes(dtype):
+    same = compiled(lambda x: (jnp.roll(x, 1),), jax.ShapeDtypeStruct((3,), dtype))
+    loaded = payload.from_bytes(payload.to_bytes(same, name="same"), jax.devices()[0], source="same.xla")
+    (result,) = loaded(jnp.array([1, 0, 1], dtype))
+    assert result.tolist() == jnp.array([1, 1, 0], dtype).tolist()
+
+
+def test_what_could_not_be_loaded_is_not_stored():
+    keys = compiled(lambda key: (jax.random.split(key)[0],), jax.random.key(0))
+    with pytest.raises(ExecutableError, match=r"unit keys: its arguments or results need jax\..*jax.random.key_data"):
+        payload.to_bytes(keys, name="keys")
+
+
 def test_unsafe_class_is_named_and_not_called(monkeypatch):
     blob = pickle.dumps(Evil())
     monkeypatch.setattr(os, "system", lambda _: pytest.fail("the pickle ran a command"))
