@@ -12,11 +12,10 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Literal
 
 from converters.journal import Journal, Record, locked
+from converters.locate import Location, locate
 from converters.names import list_names
-from converters.open import open_source
 from converters.source import NonFiniteError, Source
 from converters.units import Unit, conversion_units, folder_arrays, read_unit
 from elastic_jax.checkpoint import Checkpoint, Progress
@@ -32,7 +31,7 @@ from elastic_jax.checkpoint_format import (
 )
 from elastic_jax.checkpoint_io import describe_folder, new_folder, write_arrays, write_json
 from elastic_jax.errors import CheckpointError, ConversionError
-from elastic_jax.plan import provisional_plans
+from elastic_jax.plan import Precision, provisional_plans
 
 _MEMORY_BYTES = 5 << 29
 """Arrays in memory at the same time; a group larger than this is converted alone."""
@@ -47,7 +46,7 @@ def convert(
     source: str | Path,
     destination: str | Path,
     *,
-    only: Literal["int8", "bf16"] | None,
+    only: Precision | None,
     overwrite: bool,
     revision: str | None,
     token: str | None,
@@ -78,19 +77,20 @@ def convert(
     """
     destination = Path(destination).absolute()
     _check_destination(destination)
-    opened = open_source(source, revision=revision, token=token)
+    location = locate(source, revision=revision, token=token)
+    if (destination / MANIFEST).is_file() and not overwrite:
+        return _existing(destination, location, only)
+    opened = location.open()
     units = list(conversion_units(opened.config, only))
     fingerprint = opened.fingerprint()
-    if (destination / MANIFEST).is_file() and not overwrite:
-        return _existing(destination, fingerprint, units)
     destination.mkdir(parents=True, exist_ok=True)
     with locked(destination):
         versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
         journal = Journal(destination)
         _check_space(destination, opened, units, journal, overwrite=overwrite)
         journal.begin(
-            {"source": opened.location, "fingerprint": fingerprint, "only": only, **versions},
-            _finish_command(opened, only, revision),
+            {"source fingerprint": fingerprint, "--only": only, **versions},
+            _finish_command(opened, only),
             overwrite=overwrite,
         )
         _Run(opened, destination, journal, progress).run(units, workers)
@@ -184,19 +184,27 @@ def _check_destination(destination: Path) -> None:
         )
 
 
-def _existing(destination: Path, fingerprint: str, units: list[Unit]) -> Checkpoint:
+def _existing(destination: Path, location: Location, only: Precision | None) -> Checkpoint:
+    """The complete checkpoint that is there, if it is what was asked for; a Hub source is not downloaded for that."""
     checkpoint = Checkpoint.open(destination)
-    if checkpoint.manifest.source.get("fingerprint") != fingerprint:
+    stored = checkpoint.manifest.source
+    if location.commit is not None:
+        same = (stored.get("repository"), stored.get("commit")) == (location.repository, location.commit)
+    else:
+        same = stored.get("fingerprint") == location.open().fingerprint()
+    if not same:
         raise ConversionError(
             f"{destination} already holds a complete checkpoint, of another source: name another folder, or replace it "
             "with --overwrite"
         )
-    if set(checkpoint.manifest.folders) != {folder for unit in units for folder in unit.folders}:
+    wanted = {folder for unit in conversion_units(checkpoint.config, only) for folder in unit.folders}
+    if set(checkpoint.manifest.folders) != wanted:
         raise ConversionError(
             f"{destination} already holds a complete checkpoint of this source, made with another --only: name another "
             "folder, or replace it with --overwrite"
         )
-    Journal(destination).end()
+    with locked(destination):
+        Journal(destination).end()
     return checkpoint
 
 
@@ -213,11 +221,11 @@ def _check_space(destination: Path, source: Source, units: list[Unit], journal: 
         )
 
 
-def _finish_command(source: Source, only: str | None, revision: str | None) -> dict[str, list[str]]:
+def _finish_command(source: Source, only: Precision | None) -> dict[str, list[str]]:
     options = [] if only is None else ["--only", only]
     if source.repository is None:
         return {"arguments": [source.location], "options": options}
-    return {"arguments": [source.repository], "options": [*options, "--revision", source.commit or revision or "main"]}
+    return {"arguments": [source.repository], "options": [*options, "--revision", str(source.commit)]}
 
 
 def _finish(
