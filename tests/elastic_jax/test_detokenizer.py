@@ -70,12 +70,14 @@ def chunked(items: list, cuts: list[int]) -> list[list]:
 
 @st.composite
 def sequences(draw: st.DrawFn) -> tuple[tokenizers.Tokenizer, list[int]]:
-    """Random ids, and ids of real text, mixed: random ones alone hardly ever make a valid character."""
+    """Random ids, added tokens and ids of real text, mixed: random ids alone hardly ever make a valid character."""
     tokenizer = TOKENIZERS[draw(st.sampled_from(sorted(TOKENIZERS)))]
     # Past the end of the vocabulary too: a model's is often padded.
     random_ids = st.lists(st.integers(0, tokenizer.get_vocab_size() + 3), max_size=8)
     text_ids = st.text(alphabet="ab 日本🙂é\u0301\n", max_size=6).map(lambda text: tokenizer.encode(text).ids)
-    parts = draw(st.lists(st.one_of(random_ids, text_ids, text_ids.map(lambda ids: ids[:-1])), max_size=6))
+    added_ids = st.lists(st.sampled_from(sorted(tokenizer.get_added_tokens_decoder())), max_size=2)
+    cut_ids = text_ids.map(lambda ids: ids[:-1])
+    parts = draw(st.lists(st.one_of(random_ids, added_ids, text_ids, cut_ids), max_size=6))
     return tokenizer, [token_id for part in parts for token_id in part]
 
 
