@@ -85,7 +85,7 @@ def convert(
     fingerprint = opened.fingerprint()
     destination.mkdir(parents=True, exist_ok=True)
     with locked(destination):
-        versions = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        versions = tool_versions()
         journal = Journal(destination)
         _check_space(destination, opened, units, journal, overwrite=overwrite)
         journal.begin(
@@ -97,6 +97,11 @@ def convert(
         _finish(destination, opened, units, journal.finished(), fingerprint, versions)
         journal.end()
     return Checkpoint.open(destination)
+
+
+def tool_versions() -> dict[str, str]:
+    """The installed versions of everything that decides what is written."""
+    return {tool: importlib.metadata.version(tool) for tool in _TOOLS}
 
 
 class _Run:
