@@ -11,8 +11,9 @@ import jax
 class TokenBatch:
     """Flat tokens of any mix of sequences: first the generated ones, one a sequence, then the prompt's.
 
-    A row is a sequence's place in the step's state. A sequence's prompt tokens in one step are consecutive and in order.
-    A padding token has `row == rows` and `slot == slots`: reads are clamped, writes are dropped.
+    A row is a sequence's place in the step's state. Its prompt tokens in one step are consecutive and in order, and
+    prompt tokens leave no gap: padding comes last. A padding token has `row == rows` and `slot == slots`: reads are
+    clamped, writes are dropped.
 
     Attributes:
         row: int32 [tokens], the row of each token.

@@ -86,7 +86,7 @@ class ModelConfig:
         if set(values) != names:
             missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
             raise ConfigError(f"model config: missing keys {missing}, unknown keys {unknown}")
-        return cls(**(values | {"eos_token_ids": tuple(values["eos_token_ids"])}))
+        return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
 
     def digest(self) -> str:
         """sha256 of the config: executables name it, and are refused for any other."""

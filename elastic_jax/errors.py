@@ -10,7 +10,7 @@ class ConfigError(ElasticError):
 
 
 class ConversionError(ElasticError):
-    """Source weights cannot be converted: unknown, missing, duplicate, mis-shaped or non-finite tensors, or no space."""
+    """Source weights cannot be converted: unknown, missing, mis-shaped or non-finite tensors, or no space."""
 
 
 class CheckpointError(ElasticError):

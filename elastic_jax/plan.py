@@ -75,7 +75,7 @@ class Plan:
         if set(self.choices) != expected:
             missing, unknown = sorted(expected - set(self.choices)), sorted(set(self.choices) - expected)
             raise PlanError(
-                f"plan {self.name!r} does not fit this model: missing groups {missing[:5]}, unknown groups {unknown[:5]}"
+                f"plan {self.name!r} does not fit this model: missing groups {missing[:5]}, unknown {unknown[:5]}"
             )
 
     def digest(self) -> str:

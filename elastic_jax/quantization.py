@@ -27,8 +27,8 @@ _PLANE_MAX = 127 * 256
 class QArray:
     """A matrix of integers with scales: `weight[n, k] = values[n, k] * scales[n, 0]`.
 
-    Invariant: `values` lie in [-127, 127] (never -128, so that negation is exact), `scales` are positive and finite, and
-    `scales.shape == (values.shape[0], 1)`. A zero row has scale 1. Leaves may be `jax.ShapeDtypeStruct`s, so that
+    Invariant: `values` lie in [-127, 127] (never -128, so that negation is exact), `scales` are positive and finite,
+    and `scales.shape == (values.shape[0], 1)`. A zero row has scale 1. Leaves may be `jax.ShapeDtypeStruct`s, so that
     lowering, memory planning and restoring need no real weights.
 
     Attributes:

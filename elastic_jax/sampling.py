@@ -34,7 +34,6 @@ class SamplingInputs:
         bias_token: int32 [rows, entries]; vocabulary size marks an unused entry.
         bias: float32 [rows, entries], added to those tokens' logits.
         allowed: uint32 [rows, ceil(vocab / 32)]; bit v % 32 of word v // 32 allows token v.
-        top_n: int32; how many most likely tokens are to be reported.
     """
 
     temperature: Any
@@ -48,7 +47,6 @@ class SamplingInputs:
     bias_token: Any
     bias: Any
     allowed: Any
-    top_n: Any
 
 
 def unpack_bits(words: UInt32[Array, "rows words"], vocab: int) -> Bool[Array, "rows vocab"]:
@@ -177,9 +175,7 @@ def sample(
     return jnp.where(sampling.temperature > 0, sampled, greedy)
 
 
-def top_tokens(
-    logits: Float32[Array, "rows vocab"], n: int
-) -> tuple[Int32[Array, "rows n"], Float32[Array, "rows n"]]:
+def top_tokens(logits: Float32[Array, "rows vocab"], n: int) -> tuple[Int32[Array, "rows n"], Float32[Array, "rows n"]]:
     """Ids and logits of the n largest entries, largest first.
 
     The n largest lie in the n chunks with the largest maxima, so only those are sorted.

@@ -229,7 +229,7 @@ def step(
     state: StepState,
     inputs: StepInputs,
     sampling: SamplingInputs | None,
-    top_wanted: Int32[Array, ""] | None,
+    top_wanted: Int32[Array, ""],
     config: StepConfig,
 ) -> tuple[StepState, StepOutputs]:
     """Runs the model and chooses the next tokens.
@@ -240,7 +240,7 @@ def step(
         inputs: what the host says.
         sampling: how each row samples; None compiles the `greedy` variant, in which every row takes the most likely
             token and no row has penalties, bias or a grammar.
-        top_wanted: in the greedy variant, nonzero if some row wants its most likely tokens.
+        top_wanted: nonzero if some row wants its most likely tokens.
         config: sizes.
 
     Returns:
@@ -257,7 +257,6 @@ def step(
     with jax.named_scope("sample"):
         if sampling is None:
             token = jnp.argmax(logits, axis=1).astype(jnp.int32)
-            wanted = jnp.any(top_wanted > 0)
             counts = rows.counts
         else:
             mine = jax.tree.map(lambda a: a.at[row].get(mode="clip"), sampling)
@@ -266,12 +265,11 @@ def step(
             )
             uniform = sampler.uniforms(rows.key.at[row].get(mode="clip"), position, mine.choice)
             token = sampler.sample(adjusted, mine, uniform)
-            wanted = jnp.any((mine.top_n > 0) & live)
             counts = rows.counts.at[row, token].add(1, mode="drop")
     with jax.named_scope("log_probability"):
         total = jax.nn.logsumexp(logits, axis=1)
         log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
-        top_token, top_logits = _report_top(logits, wanted, config.top_n)
+        top_token, top_logits = _report_top(logits, top_wanted > 0, config.top_n)
 
     rows = dataclasses.replace(
         rows,
@@ -439,5 +437,4 @@ def abstract_sampling(model: ModelConfig, config: StepConfig) -> SamplingInputs:
         bias_token=shape((rows, config.max_bias), jnp.int32),
         bias=shape((rows, config.max_bias), jnp.float32),
         allowed=shape((rows, -(-model.vocab_size // 32)), jnp.uint32),
-        top_n=ints,
     )

@@ -53,8 +53,8 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
     def greedy(weights: Any, state: Any, inputs: Any, top_wanted: Any) -> Any:
         return steps.step(model(weights), state, inputs, None, top_wanted, step)
 
-    def sampled(weights: Any, state: Any, inputs: Any, sampling: Any) -> Any:
-        return steps.step(model(weights), state, inputs, sampling, None, step)
+    def sampled(weights: Any, state: Any, inputs: Any, sampling: Any, top_wanted: Any) -> Any:
+        return steps.step(model(weights), state, inputs, sampling, top_wanted, step)
 
     def score(weights: Any, kv: Any, inputs: Any, target: Any, top_wanted: Any) -> Any:
         return steps.score(model(weights), kv, inputs, target, top_wanted, step)
@@ -70,7 +70,8 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
         inputs = steps.abstract_inputs(bucket, step)
         sizes = {"generated": bucket.generated, "prompt": bucket.prompt}
         units.append(_unit(step_name(bucket, "greedy"), greedy, (leaves, state, inputs, SCALAR), 1, sizes))
-        units.append(_unit(step_name(bucket, "sampling"), sampled, (leaves, state, inputs, sampling), 1, sizes))
+        arguments = (leaves, state, inputs, sampling, SCALAR)
+        units.append(_unit(step_name(bucket, "sampling"), sampled, arguments, 1, sizes))
         if not bucket.generated:
             target = jax.ShapeDtypeStruct((bucket.prompt,), jnp.int32)
             arguments = (leaves, state.kv, inputs, target, SCALAR)

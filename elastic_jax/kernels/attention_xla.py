@@ -92,21 +92,18 @@ def _prompt(query: Float[Array, "p heads dim"], kv: Array, batch: TokenBatch) ->
     block_tokens = _block_pages(batch) * batch.page_size
     tables = _padded_tables(batch)
     rows, position = batch.row[batch.generated :], batch.position[batch.generated :]
-    mine = rows[None, :] == jnp.arange(batch.rows, dtype=jnp.int32)[:, None]
-    count = jnp.sum(mine, axis=1, dtype=jnp.int32)
-    start = jnp.where(count > 0, jnp.argmax(mine, axis=1), p).astype(jnp.int32)
-    # In order of their place, because a tile may run past its chunk: the next chunk overwrites what it left there.
-    order = jnp.argsort(start).astype(jnp.int32)
+    count = jnp.sum(rows[None, :] == jnp.arange(batch.rows, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     tile = min(_QUERY_TOKENS, p)
     query = jnp.pad(query, ((0, tile), (0, 0), (0, 0)))
 
-    def each_chunk(index: Array, out: Array) -> Array:
-        row = order[index]
+    def each_chunk(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, out = carry
+        row = rows[start]
         table = jax.lax.dynamic_slice_in_dim(tables, row, 1)
-        first = position[start[row]]
+        first = position[start]
 
         def each_tile(number: Array, out: Array) -> Array:
-            offset = start[row] + number * tile
+            offset = start + number * tile
             part = jax.lax.dynamic_slice_in_dim(query, offset, tile).reshape(tile, kv_heads, group, dim)
             part = part.transpose(1, 2, 0, 3).reshape(1, kv_heads, group * tile, dim)
             at = jnp.tile(first + number * tile + jnp.arange(tile, dtype=jnp.int32), group)
@@ -123,10 +120,13 @@ def _prompt(query: Float[Array, "p heads dim"], kv: Array, batch: TokenBatch) ->
             done = done.reshape(kv_heads, group, tile, dim).transpose(2, 0, 1, 3).reshape(tile, heads, dim)
             return jax.lax.dynamic_update_slice_in_dim(out, done, offset, axis=0)
 
-        return jax.lax.fori_loop(0, (count[row] + tile - 1) // tile, each_tile, out)
+        out = jax.lax.fori_loop(0, (count[row] + tile - 1) // tile, each_tile, out)
+        return start + count[row], out
 
+    # Chunks follow each other from the first token on. A tile may run past its chunk; the next one overwrites that.
     chunks = jnp.sum(count > 0, dtype=jnp.int32)
-    out = jax.lax.fori_loop(0, chunks, each_chunk, jnp.zeros(query.shape, jnp.float32))[:p]
+    start = (jnp.int32(0), jnp.zeros(query.shape, jnp.float32))
+    out = jax.lax.fori_loop(0, chunks, each_chunk, start)[1][:p]
     return jnp.where((rows < batch.rows)[:, None, None], out, 0.0)
 
 

@@ -1,0 +1,372 @@
+"""The command line. A command prints for people, or with `--json` one JSON value; an error is one message, status 1.
+
+Everything heavy is imported inside a command, so that `--help` is quick.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from elastic_jax.errors import ElasticError, RequestError
+
+app = typer.Typer(
+    name="elastic-jax",
+    help="Elastic Mistral models in JAX: one checkpoint, several precision modes, compiled ahead of time.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+type Precision = Literal["int8", "bf16"]
+type Dtype = Literal["bfloat16", "float32"]
+
+CheckpointArgument = Annotated[Path, typer.Argument(help="An Elastic checkpoint.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+ModeOption = Annotated[str, typer.Option("--mode", "-m", help="A mode of the checkpoint: XL, L, M, S.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Compute type; float32 is for checks.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads; one per processor core by default.")]
+SourceArgument = Annotated[
+    str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a Hub id owner/name.", show_default=False)
+]
+DestinationArgument = Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)]
+OnlyOption = Annotated[Precision | None, typer.Option(help="Store the weights in this precision alone.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the destination holds.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+TokenOption = Annotated[str | None, typer.Option(help="Hub token for private models.", envvar="HF_TOKEN")]
+
+
+def _workers(count: int | None) -> int:
+    return count or min(os.cpu_count() or 1, 16)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A progress display on standard error; the same object, silent, where JSON is wanted."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        yield bar
+
+
+def _note(message: str, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(message, err=True)
+
+
+def _print(values: Any, as_json: bool, text: Callable[[], str]) -> None:
+    typer.echo(json.dumps(values) if as_json else text())
+
+
+# -- convert -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def convert(
+    source: SourceArgument,
+    destination: DestinationArgument,
+    only: OnlyOption = None,
+    overwrite: OverwriteOption = False,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make an Elastic checkpoint; an interrupted conversion continues where it was."""
+    from converters import convert as run
+    from elastic_jax.memory import gib
+
+    with _progress(as_json) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def progress(done: int, total: int, name: str, /) -> None:
+            bar.update(task, completed=done, total=total, description=name)
+
+        checkpoint = run(
+            source,
+            destination,
+            only=only,
+            overwrite=overwrite,
+            revision=revision,
+            token=token,
+            workers=_workers(workers),
+            progress=progress,
+        )
+        bar.update(task, description="converted")
+    size = sum(folder.nbytes for folder in checkpoint.manifest.folders.values())
+    modes = {}
+    for name, plan in checkpoint.plans().items():
+        with contextlib.suppress(ElasticError):
+            modes[name] = checkpoint.weight_bytes(plan)
+    _print(
+        {"path": str(checkpoint.path), "bytes": size, "modes": modes},
+        as_json,
+        lambda: (
+            f"{checkpoint.path}: {gib(size)}; modes "
+            + ", ".join(f"{name} ({gib(count)})" for name, count in modes.items())
+        ),
+    )
+
+
+# -- compile -----------------------------------------------------------------------------------------------------------
+
+
+@app.command("compile")
+def compile_modes(
+    checkpoint: CheckpointArgument,
+    mode: Annotated[
+        list[str] | None, typer.Option("--mode", "-m", help="A mode; repeat for more. All if none.")
+    ] = None,
+    dtype: DtypeOption = "bfloat16",
+    kv_slots: Annotated[int | None, typer.Option(min=1, help="Tokens of the KV pool, all sequences together.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a sequence, in tokens.")] = None,
+    workers: WorkersOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile modes for this machine's device and store the executables in the checkpoint."""
+    import jax
+
+    from elastic_jax.checkpoint import Checkpoint
+    from elastic_jax.executables import ModeStore, default_step_config
+
+    opened = Checkpoint.open(checkpoint)
+    device = jax.devices()[0]
+    step = default_step_config(opened.config, device.platform, dtype, kv_slots=kv_slots, max_context=max_context)
+    results = []
+    plans = [opened.plan(name) for name in mode] if mode else _stored_plans(opened)
+    for plan in plans:
+        store = ModeStore(opened, plan, dtype, device)
+
+        def progress(name: str, seconds: float | None, done: int, total: int, mode: str = plan.name) -> None:
+            if seconds is not None:
+                _note(f"{mode}  {done:3d}/{total}  {name:28s} {seconds:6.1f} s", as_json)
+
+        manifest = store.compile(step, workers=_workers(workers), progress=progress)
+        records = manifest.units.values()
+        results.append(
+            {
+                "mode": plan.name,
+                "folder": str(store.folder),
+                "units": len(manifest.units),
+                "bytes": sum(record.size for record in records),
+                "compile_seconds": round(sum(record.compile_seconds for record in records), 1),
+            }
+        )
+    _print(results, as_json, lambda: "\n".join(_compiled(result) for result in results))
+
+
+def _stored_plans(checkpoint: Any) -> list[Any]:
+    """The plans whose weights the checkpoint holds: `--only` leaves some without."""
+    plans = []
+    for plan in checkpoint.plans().values():
+        with contextlib.suppress(ElasticError):
+            checkpoint.folders(plan)
+            plans.append(plan)
+    return plans
+
+
+def _compiled(result: dict[str, Any]) -> str:
+    size = result["bytes"] / 1e6
+    return f"{result['mode']}: {result['units']} executables, {size:.1f} MB, in {result['folder']}"
+
+
+# -- verify ------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(checkpoint: CheckpointArgument, workers: WorkersOption = None, as_json: JsonOption = False) -> None:
+    """Check every file of a checkpoint and of its executables against its digest; nothing is loaded."""
+    from aot_cache import store
+    from elastic_jax.checkpoint import Checkpoint
+    from elastic_jax.executables import FOLDER
+
+    del workers
+    opened = Checkpoint.open(checkpoint)
+    problems = [str(problem) for problem in opened.verify()]
+    folders = sorted(path.parent for path in (checkpoint / FOLDER).glob("*/*/manifest.json"))
+    for folder in folders:
+        problems += [f"{folder}: {problem}" for problem in store.verify(folder)]
+    files = sum(len(folder.files) for folder in opened.manifest.folders.values())
+    _print(
+        {"path": str(checkpoint), "files": files, "stores": len(folders), "problems": problems},
+        as_json,
+        lambda: (
+            "\n".join(problems) or f"{checkpoint}: {files} weight files and {len(folders)} executable stores are whole"
+        ),
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+# -- info --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Show a checkpoint: its model, modes and executables."""
+    from elastic_jax.info import describe, render
+
+    described = describe(checkpoint)
+    _print(described, as_json, lambda: render(described))
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def generate(
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; standard input if none.")] = None,
+    mode: ModeOption = "M",
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the most likely with this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; repeat for more.")] = None,
+    on_missing: Annotated[
+        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
+    ] = "error",
+    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Forbid tracing and compiling, and count it.")
+    ] = False,
+    dtype: DtypeOption = "bfloat16",
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Continue a prompt."""
+    import time
+
+    from aot_cache.guard import CompileCounter, forbid_compilation
+
+    counter = CompileCounter()
+    if no_compile:
+        forbid_compilation()
+    start = time.perf_counter()
+    from elastic_jax.elastic import ElasticMistral
+
+    text = prompt if prompt is not None else _read_standard_input()
+    model = ElasticMistral.load(
+        checkpoint,
+        mode,
+        on_missing=on_missing,
+        dtype=dtype,
+        max_context=max_context,
+        trust=trust,
+        say=lambda message: _note(message, as_json),
+    )
+    loaded = time.perf_counter()
+    pieces = model.generate(
+        [{"role": "user", "content": text}] if chat else text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or [],
+        stream=True,
+    )
+    first = finished = None
+    for piece in pieces:
+        first = first or time.perf_counter()
+        finished = piece.generation or finished
+        if not as_json:
+            typer.echo(piece.text, nl=False)
+    end = time.perf_counter()
+    if finished is None or first is None:
+        raise RequestError("the answer ended without a token")
+    new = len(finished.token_ids)
+    facts = {
+        "mode": model.plan.name,
+        "provisional": model.plan.provisional,
+        "prompt_tokens": finished.prompt_tokens,
+        "new_tokens": new,
+        "finish_reason": finished.finish_reason,
+        "load_seconds": round(loaded - start, 3),
+        "first_token_seconds": round(first - loaded, 3),
+        "decode_tokens_per_second": round((new - 1) / (end - first), 2) if new > 1 else None,
+        "compile_events": counter.count(),
+    }
+    if as_json:
+        typer.echo(json.dumps({"text": finished.text, "token_ids": list(finished.token_ids), **facts}))
+        return
+    typer.echo()
+    rate = facts["decode_tokens_per_second"]
+    _note(
+        f"mode {facts['mode']}{' (provisional plan)' if facts['provisional'] else ''}: {new} tokens"
+        + (f", {rate} tok/s" if rate else "")
+        + f", loaded in {facts['load_seconds']} s, compile events: {facts['compile_events']}",
+        quiet=False,
+    )
+
+
+def _read_standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error}") from None
+
+
+# -- demo --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; the cache by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch a small real model, convert it, compile every mode, and generate with each in a fresh process."""
+    from elastic_jax.demo import run_demo
+
+    results = run_demo(directory, lambda message: _note(message, as_json))
+    if as_json:
+        typer.echo(json.dumps(results))
+
+
+# -- entry points ------------------------------------------------------------------------------------------------------
+
+
+def _run(command: Callable[[], Any]) -> None:
+    """Runs a command; an expected error becomes one message and status 1."""
+    try:
+        command()
+    except ElasticError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def main() -> None:
+    """The `elastic-jax` program."""
+    _run(app)
+
+
+def convert_weights() -> None:
+    """The `convert-weights` program: `elastic-jax convert` under its own name."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name="convert-weights")(convert)
+    _run(single)

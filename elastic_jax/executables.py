@@ -1,0 +1,192 @@
+"""A mode's executables: where they are stored, what they must match, how they are compiled and loaded."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aot_cache import compiler, store
+from aot_cache.compiler import Progress
+from aot_cache.manifest import Manifest, Memory, read_manifest
+from aot_cache.store import Executable
+from aot_cache.target import Device, Target
+from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.config import ModelConfig
+from elastic_jax.errors import ConfigError, ExecutableError
+from elastic_jax.plan import Plan
+from elastic_jax.step import Bucket, ComputeDtype, StepConfig
+from elastic_jax.units import make_units, traced_source_digest
+
+FOLDER = "executables"
+"""Name of the folder of executables inside a checkpoint."""
+
+_BUCKETS = {
+    "cpu": (Bucket(1, 0), Bucket(4, 0), Bucket(16, 0), Bucket(0, 64), Bucket(0, 512)),
+    "gpu": (
+        *(Bucket(d, 0) for d in (1, 2, 4, 8, 16, 32, 64)),
+        *(Bucket(0, p) for p in (64, 256, 1024, 4096)),
+        Bucket(64, 1024),
+    ),
+}
+"""Steps compiled by default. On CPU a step's time grows with its tokens, so mixed and larger ones save nothing."""
+
+_KV_SLOTS = {"cpu": 16384, "gpu": 131072}
+"""Slots of the default KV pool; Mistral-Small's in bf16 are 160 KiB each."""
+
+_PAGE_SIZE = 64
+_TOP_N = 20
+_MAX_BIAS = 300
+"""Reported tokens and biased tokens at most, as in OpenAI's API."""
+
+
+def default_step_config(
+    model: ModelConfig, platform: str, dtype: ComputeDtype, *, kv_slots: int | None, max_context: int | None
+) -> StepConfig:
+    """The sizes that a mode is compiled for unless told otherwise.
+
+    Args:
+        model: its longest context bounds `max_context`.
+        platform: `cpu` or `gpu`.
+        dtype: compute type.
+        kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; None for the platform's default.
+        max_context: longest context in tokens; None for as much as model and pool allow.
+
+    Raises:
+        ConfigError: the platform is unknown, or the sizes contradict each other.
+    """
+    if platform not in _BUCKETS:
+        raise ConfigError(f"no step sizes are known for platform {platform!r}; known: {sorted(_BUCKETS)}")
+    slots = -(-(kv_slots or _KV_SLOTS[platform]) // _PAGE_SIZE) * _PAGE_SIZE
+    if max_context is not None and max_context > model.max_position_embeddings:
+        raise ConfigError(
+            f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"
+        )
+    buckets = _BUCKETS[platform]
+    return StepConfig(
+        rows=max(bucket.generated for bucket in buckets),
+        page_size=_PAGE_SIZE,
+        kv_slots=slots,
+        max_context=min(slots, model.max_position_embeddings) if max_context is None else max_context,
+        top_n=min(_TOP_N, model.vocab_size),
+        max_bias=_MAX_BIAS,
+        dtype=dtype,
+        buckets=buckets,
+        attention="xla",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModeStore:
+    """The store of one mode's executables for one device.
+
+    Attributes:
+        checkpoint: whose mode it is.
+        plan: the mode's plan.
+        dtype: compute type.
+        device: the device.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    dtype: ComputeDtype
+    device: Device
+
+    @property
+    def folder(self) -> Path:
+        """Where the store is; float32 stands beside the ordinary one."""
+        name = self.plan.name if self.dtype == "bfloat16" else f"{self.plan.name}.{self.dtype}"
+        return self.checkpoint.path / FOLDER / Target.of(self.device).folder / name
+
+    @property
+    def hint(self) -> str:
+        """What to do if the store cannot be used."""
+        options = "" if self.dtype == "bfloat16" else f" --dtype {self.dtype}"
+        return (
+            f"Compile with: elastic-jax compile {self.checkpoint.path} --mode {self.plan.name}{options}   "
+            '(or load with on_missing="compile")'
+        )
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a store at all."""
+        return self.folder.is_dir()
+
+    def identity(self, step: StepConfig) -> dict[str, Any]:
+        """What must match at load, beside device and versions; one JSON value a key."""
+        sizes = dataclasses.asdict(step)
+        buckets = [[bucket.generated, bucket.prompt] for bucket in step.buckets]
+        return {
+            **(sizes | {"buckets": buckets}),
+            "plan_hash": self.plan.digest(),
+            "config_hash": self.checkpoint.config.digest(),
+            "source_hash": traced_source_digest(),
+            "mesh": [1],
+        }
+
+    def stored_step(self) -> StepConfig:
+        """The sizes that the store was compiled for.
+
+        Raises:
+            ExecutableError: there is no store, or its manifest does not say.
+        """
+        return _read_step(read_manifest(self.folder, hint=self.hint), self.folder, self.hint)
+
+    def memory(self) -> Mapping[str, Memory]:
+        """What each stored unit needs, by name."""
+        return {name: record.memory for name, record in read_manifest(self.folder, hint=self.hint).units.items()}
+
+    def compile(self, step: StepConfig, *, workers: int, progress: Progress) -> Manifest:
+        """Compiles every unit of the mode and stores it; an equal, undamaged store is kept.
+
+        Raises:
+            ExecutableError: a unit cannot be compiled, or the store cannot be written.
+        """
+        units = make_units(self.checkpoint.config, self.plan, step)
+        try:
+            return compiler.compile_units(
+                units, self.folder, self.identity(step), self.device, workers=workers, progress=progress
+            )
+        except OSError as error:
+            raise ExecutableError(
+                f"the executables cannot be written to {self.folder}: {error.strerror or error}"
+            ) from error
+
+    def check(self, step: StepConfig) -> None:
+        """Checks that the store is whole and fits here, without loading or hashing it.
+
+        Raises:
+            ExecutableError: it is missing or incomplete.
+            MismatchError: it was made for something else.
+        """
+        manifest = read_manifest(self.folder, hint=self.hint)
+        current = store.full_identity(self.identity(step), Target.of(self.device), {})
+        store.check_identity(self.folder, manifest, current, hint=self.hint)
+
+    def load(self, step: StepConfig, *, trust: bool, workers: int) -> dict[str, Executable]:
+        """Loads every unit of the mode; compiles nothing.
+
+        Raises:
+            ExecutableError: the store is missing, incomplete or damaged.
+            MismatchError: it was made for something else.
+            TrustError: somebody else may have written it, and `trust` is False.
+        """
+        return store.load(
+            self.folder,
+            self.identity(step),
+            self.device,
+            root=self.checkpoint.path,
+            units=None,
+            trust=trust,
+            workers=workers,
+            hint=self.hint,
+        )
+
+
+def _read_step(manifest: Manifest, folder: Path, hint: str) -> StepConfig:
+    identity = manifest.identity
+    try:
+        values = {field.name: identity[field.name] for field in dataclasses.fields(StepConfig)}
+        buckets = tuple(Bucket(*bucket) for bucket in values.pop("buckets"))
+        return StepConfig(**values, buckets=buckets)
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ExecutableError(f"{folder}: the manifest does not describe a step ({error}). {hint}") from None

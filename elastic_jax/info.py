@@ -1,0 +1,84 @@
+"""What a checkpoint holds, for people and as JSON; nothing is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+from aot_cache.manifest import read_manifest
+from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.errors import ElasticError
+from elastic_jax.executables import FOLDER
+from elastic_jax.memory import gib
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Model, modes and executables of a checkpoint, JSON-ready.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    checkpoint = Checkpoint.open(path)
+    modes = []
+    for plan in checkpoint.plans().values():
+        try:
+            size: int | None = checkpoint.weight_bytes(plan)
+        except ElasticError:
+            size = None  # converted with --only
+        modes.append(
+            {
+                "mode": plan.name,
+                "weight_bytes": size,
+                "choices": plan.counts(),
+                "provisional": plan.provisional,
+                "note": plan.note,
+            }
+        )
+    stores = []
+    for manifest in sorted((path / FOLDER).glob("*/*/manifest.json")):
+        folder = manifest.parent
+        read = read_manifest(folder, hint="")
+        stores.append(
+            {
+                "target": folder.parent.name,
+                "mode": folder.name,
+                "units": len(read.units),
+                "bytes": sum(record.size for record in read.units.values()),
+                "jax": read.identity["jax"],
+                "kv_slots": read.identity["kv_slots"],
+                "max_context": read.identity["max_context"],
+            }
+        )
+    return {
+        "path": str(path),
+        "model": checkpoint.config.to_json(),
+        "source": dict(checkpoint.manifest.source),
+        "modes": modes,
+        "executables": stores,
+    }
+
+
+def render(info: dict[str, Any]) -> str:
+    """The same as text."""
+    model = info["model"]
+    lines = [
+        f"{info['path']}: {model['num_layers']} layers, hidden {model['hidden_size']}, {model['num_heads']} heads "
+        f"({model['num_kv_heads']} KV), vocabulary {model['vocab_size']}, context {model['max_position_embeddings']}",
+        "",
+        "mode  weights     groups",
+    ]
+    for mode in info["modes"]:
+        size = gib(mode["weight_bytes"]) if mode["weight_bytes"] is not None else "not stored"
+        groups = ", ".join(f"{count} {choice}" for choice, count in mode["choices"].items())
+        mark = "  (provisional)" if mode["provisional"] else ""
+        lines.append(f"{mode['mode']:5s} {size:11s} {groups}{mark}")
+    notes = {mode["note"] for mode in info["modes"] if mode["provisional"]}
+    lines += ["", *sorted(notes)] if notes else []
+    lines.append("")
+    if not info["executables"]:
+        lines.append(f"no executables: compile with `elastic-jax compile {info['path']}`")
+    for store in info["executables"]:
+        lines.append(
+            f"executables for {store['target']}, mode {store['mode']}: {store['units']} units, "
+            f"{store['bytes'] / 1e6:.1f} MB, context up to {store['max_context']}, "
+            f"KV pool of {store['kv_slots']} tokens, jax {store['jax']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,124 @@
+"""Memory is planned before anything is allocated: a load that cannot fit says so, and what would."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+
+from aot_cache.manifest import Memory
+from aot_cache.target import Device
+from elastic_jax import step as steps
+from elastic_jax.config import ModelConfig
+from elastic_jax.errors import MemoryPlanError
+from elastic_jax.step import StepConfig
+from elastic_jax.weights import Weights, weight_bytes
+
+_GIB = 1 << 30
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB, for people."""
+    return f"{count / _GIB:.2f} GiB"
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a loaded mode takes on its device.
+
+    Attributes:
+        weights: the plan's arrays.
+        kv: the KV pool.
+        rows: the state of the rows.
+        workspace: the most that any executable needs for a call, and the code of all.
+        kv_token: bytes of KV a token.
+    """
+
+    weights: int
+    kv: int
+    rows: int
+    workspace: int
+    kv_token: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.rows + self.workspace
+
+
+def _bytes(leaves: Iterable[jax.ShapeDtypeStruct]) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plan_memory(model: ModelConfig, weights: Weights, step: StepConfig, units: Iterable[Memory]) -> MemoryPlan:
+    """Adds up what a mode needs.
+
+    Args:
+        model: the model.
+        weights: the plan's weights, or their shapes.
+        step: sizes.
+        units: XLA's analysis of each executable.
+    """
+    state = steps.abstract_state(model, step)
+    units = list(units)
+    largest = max((unit.workspace - unit.code for unit in units), default=0)
+    kv = _bytes(state.kv)
+    return MemoryPlan(
+        weights=weight_bytes(weights),
+        kv=kv,
+        rows=_bytes(jax.tree.leaves(state.rows)),
+        workspace=largest + sum(unit.code for unit in units),
+        kv_token=kv // step.kv_slots,
+    )
+
+
+def available_memory(device: Device) -> int | None:
+    """Bytes that can still be allocated on a device, or None if it does not say."""
+    if device.platform == "cpu":
+        return _available_host_memory()
+    statistics = device.memory_stats()
+    return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else None
+
+
+def _available_host_memory() -> int | None:
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    except OSError:  # not Linux
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit, if it has one
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits, default=None)
+
+
+def check_memory(plan: MemoryPlan, available: int | None, *, mode: str, alternatives: dict[str, int]) -> None:
+    """Refuses a load that does not fit.
+
+    Args:
+        plan: what the load needs.
+        available: bytes free on the device; None allows everything.
+        mode: the mode's name.
+        alternatives: bytes of weights of the checkpoint's other modes.
+
+    Raises:
+        MemoryPlanError: it does not fit; the message says what would.
+    """
+    if available is None or plan.total <= available:
+        return
+    rest = plan.total - plan.weights
+    fitting = sorted(name for name, weights in alternatives.items() if weights + rest <= available and name != mode)
+    tokens = (available - plan.weights - plan.rows - plan.workspace) // plan.kv_token
+    advice = []
+    if fitting:
+        advice.append(f"mode {' or '.join(fitting)} fits as it is")
+    if tokens > 0:
+        advice.append(f"mode {mode} fits with a KV pool of {tokens} tokens: compile it with --kv-slots {tokens}")
+    raise MemoryPlanError(
+        f"mode {mode} needs {gib(plan.total)} ({gib(plan.weights)} weights, {gib(plan.kv)} KV cache, "
+        f"{gib(plan.rows)} row state, {gib(plan.workspace)} workspace), and {gib(available)} are free. "
+        + ("; ".join(advice) or "No mode of this checkpoint fits on this device")
+    )

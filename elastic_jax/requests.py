@@ -1,0 +1,157 @@
+"""What the engine is asked and what it answers."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt32
+
+from elastic_jax.errors import RequestError
+
+type FinishReason = Literal["stop", "length", "not_finite"]
+"""`stop`: an end token came; `length`: `max_new_tokens` came; `not_finite`: the model's logits were not all finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the defaults take the most likely one.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: keeps the k most likely tokens; 0 keeps all.
+        top_p: keeps the most likely tokens with together at least this probability; in (0, 1].
+        min_p: keeps tokens at least this probable relative to the most likely; in [0, 1].
+        repetition_penalty: divides the positive logits of tokens seen in prompt or output, multiplies negative ones.
+        presence_penalty: subtracted from the logit of a token in the output; in [-2, 2].
+        frequency_penalty: subtracted once per occurrence in the output; in [-2, 2].
+        logit_bias: added to the logits of some tokens.
+        seed: equal seeds give equal draws; None draws one from the operating system.
+        top_log_probabilities: how many most likely tokens are reported with each token.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int | None = None
+    top_log_probabilities: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks every range.
+
+        Raises:
+            RequestError: a value lies outside its range.
+        """
+        self._require("temperature", self.temperature >= 0, "at least 0")
+        self._require("top_k", self.top_k >= 0, "at least 0 (0 keeps all)")
+        self._require("top_p", 0 < self.top_p <= 1, "in (0, 1]")
+        self._require("min_p", 0 <= self.min_p <= 1, "in [0, 1]")
+        self._require("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive")
+        self._require("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]")
+        self._require("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
+        self._require("temperature", self.temperature < math.inf, "finite")
+        self._require("top_log_probabilities", self.top_log_probabilities >= 0, "at least 0")
+        self._require("seed", self.seed is None or 0 <= self.seed < 2**64, "None or in [0, 2**64)")
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise RequestError(f"logit_bias of token {token} must be a number below infinity, found {bias}")
+
+    def _require(self, name: str, satisfied: bool, expected: str) -> None:
+        if not satisfied:
+            raise RequestError(f"{name} must be {expected}, found {getattr(self, name)}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken by the model's own logits, so that the greedy step serves."""
+        neutral = (self.temperature, self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return neutral == (0, 1, 0, 0) and not self.logit_bias
+
+
+class Grammar(Protocol):
+    """Restricts an answer to a language, token by token."""
+
+    def allowed(self, output: Sequence[int]) -> UInt32[np.ndarray, " words"]:
+        """Bits of the tokens that may follow `output`: bit v % 32 of word v // 32 for token v."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateRequest:
+    """Tokens to continue.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: most tokens an answer may have.
+        sampling: how tokens are chosen.
+        end_tokens: tokens that end an answer.
+        choices: answers to give; they share the prompt's pages and differ in what they draw.
+        grammar: restricts the answers; None allows every token.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams
+    end_tokens: frozenset[int]
+    choices: int
+    grammar: Grammar | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreRequest:
+    """Tokens whose log-probabilities are wanted, given those before them.
+
+    Attributes:
+        tokens: at least two.
+        first: index of the first token to be scored, at least 1.
+        top_log_probabilities: how many most likely tokens are reported at each place.
+    """
+
+    tokens: tuple[int, ...]
+    first: int
+    top_log_probabilities: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEvent:
+    """One token of one answer.
+
+    Attributes:
+        request: the request's number.
+        choice: the answer's number among the request's.
+        token: the token's id.
+        log_probability: by the model itself: before penalties, bias, mask and temperature; nats.
+        top: the most likely tokens and their log-probabilities, as many as were asked for.
+        finish: why the answer ends with this token, or None.
+    """
+
+    request: int
+    choice: int
+    token: int
+    log_probability: float
+    top: tuple[tuple[int, float], ...]
+    finish: FinishReason | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreEvent:
+    """A finished score.
+
+    Attributes:
+        request: the request's number.
+        log_probabilities: float32 [scored], nats.
+        argmax: int32 [scored], the most likely token at each place.
+        top: per place the most likely tokens and their log-probabilities.
+        finite: whether every logit on the way was finite.
+    """
+
+    request: int
+    log_probabilities: Float32[np.ndarray, " scored"]
+    argmax: Int32[np.ndarray, " scored"]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    finite: bool
