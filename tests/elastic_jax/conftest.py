@@ -1,0 +1,40 @@
+"""Tiny models for the tests of the core: converted and compiled once, whatever the number of test processes."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny import CompiledTiny, compile_tiny, tiny_checkpoint
+
+from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.step import ComputeDtype
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder that all processes of one test run share."""
+    base = tmp_path_factory.getbasetemp()
+    # A worker of pytest-xdist has its own base folder inside the run's.
+    return (base.parent if hasattr(request.config, "workerinput") else base) / "shared"
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(shared_folder: Path) -> Callable[[str], Checkpoint]:
+    """`checkpoint_of(name)`: a tiny model as an Elastic checkpoint. It is shared: copy it before changing it."""
+    return functools.cache(lambda name: tiny_checkpoint(shared_folder, name))
+
+
+@pytest.fixture(scope="session")
+def compiled_tiny(shared_folder: Path) -> Callable[..., CompiledTiny]:
+    """`compiled_tiny(mode, dtype, name)`: one mode of a tiny model, compiled, its units and weights loaded.
+
+    The checkpoint is shared too: `ElasticMistral.load(compiled.checkpoint.path, mode, dtype=dtype)` finds the
+    executables in it.
+    """
+
+    @functools.cache
+    def compiled(mode: str, dtype: ComputeDtype, name: str = "tiny_mistral") -> CompiledTiny:
+        return compile_tiny(shared_folder, name, mode, dtype)
+
+    return compiled
