@@ -32,7 +32,7 @@ import ml_dtypes
 import numpy as np
 
 from converters import convert
-from converters.convert import tool_versions
+from converters.conversion import tool_versions
 from converters.names import PARTS
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig

@@ -1,5 +1,5 @@
 """Turns weights as they are published into an Elastic checkpoint."""
 
-from converters.convert import convert
+from converters.conversion import convert
 
 __all__ = ["convert"]

@@ -141,9 +141,9 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, SourceTensor], pa
         return 1.0
 
     heads, hidden_size = size("attention.head_count"), size("embedding_length")
-    rotated = size("rope.dimension_count", hidden_size // heads)
-    head_dim = size("attention.key_length", rotated)
-    if rotated != head_dim or size("attention.value_length", head_dim) != head_dim:
+
+    head_dim = size("attention.key_length", hidden_size // heads)
+    if {size("rope.dimension_count", head_dim), size("attention.value_length", head_dim)} != {head_dim}:
         problems.append("rope.dimension_count, attention.key_length and attention.value_length differ: not implemented")
     embedding = tensors.get("token_embd.weight")
     stored_rows = embedding.shape[0] if embedding is not None else None

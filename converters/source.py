@@ -15,7 +15,8 @@ from converters.names import list_names
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConversionError
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20  # a block and its temporaries stay in cache
+_INFINITY = 0x7F80  # bfloat16's bits; with the sign removed, greater ones are no numbers
 _SAMPLE_BYTES = 4096
 
 type Decode = Callable[[UInt8[np.ndarray, "rows row_bytes"]], Float[np.ndarray, "rows columns"]]
@@ -85,7 +86,7 @@ class SourceTensor:
                 rows = out[start : start + len(block)]
                 with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
                     rows[...] = self.decode(block).astype(ml_dtypes.bfloat16)
-                if np.any((rows.view(np.uint16) & 0x7F80) == 0x7F80):
+                if np.max(rows.view(np.uint16) & 0x7FFF) >= _INFINITY:
                     row, column = np.argwhere(~np.isfinite(rows))[0]
                     raise NonFiniteError(f"{self.name} [{start + row}, {column}] is {rows[row, column]}")
                 progress(block.nbytes)
