@@ -61,8 +61,9 @@ def quantize(weight: Float[Array, "out in"], *, prompt_activations: Activations)
 
 
 def _scale(x: Float32[Array, "rows in"], largest: int) -> Float32[Array, "rows 1"]:
-    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    return jnp.where(absmax == 0, 1.0, absmax / largest)
+    scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest
+    # Devices flush denormals to zero, and a scale must not be zero: a row that small counts as a zero row.
+    return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
 
 
 def quantize_8bit(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows 1"]]:

@@ -5,10 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny import CompiledTiny, compile_tiny, tiny_checkpoint
 
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.step import ComputeDtype
+
+# A first example compiles, which no deadline allows for; the same examples every time, so that a failure stays one.
+settings.register_profile("elastic_jax", deadline=None, derandomize=True)
+settings.load_profile("elastic_jax")
 
 
 @pytest.fixture(scope="session")
