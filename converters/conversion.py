@@ -139,7 +139,13 @@ class _Run:
     def _convert(self, unit: Unit, folders: list[FolderName]) -> None:
         arrays, digests = read_unit(unit, self._source, lambda count: self._advance(count, unit.name))
         for folder in folders:
-            files = write_arrays(self._destination / WEIGHTS / Path(*folder), folder_arrays(folder, arrays))
+            path = self._destination / WEIGHTS / Path(*folder)
+            try:
+                files = write_arrays(path, folder_arrays(folder, arrays))
+            except Exception as error:  # TensorStore raises ValueError for a full disk
+                raise ConversionError(
+                    f"{path} cannot be written: {error}; when that is solved, the same command continues"
+                ) from error
             described = expected_folder(self._source.config, *folder, blocks=1, files=files)
             self._journal.add(folder, Record(described, digests))
 
@@ -166,11 +172,8 @@ def _collect(in_flight: dict[Future[None], int]) -> list[Exception]:
 
 
 def _raise_all(errors: list[Exception]) -> None:
-    others = [error for error in errors if not isinstance(error, NonFiniteError)]
-    for error in others:
-        if isinstance(error, OSError):
-            raise ConversionError(f"the conversion cannot write: {error}; run the same command to continue") from error
-        raise error
+    if others := [error for error in errors if not isinstance(error, NonFiniteError)]:
+        raise others[0]
     if errors:
         names = [name for error in errors for name in str(error).split("; ")]
         raise ConversionError(

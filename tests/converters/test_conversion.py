@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from converters import conversion
 from converters.quantize import quantize_int8
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import CheckpointError, ConversionError
@@ -264,6 +265,21 @@ def test_space_is_checked_before_anything_is_written(write_folder, convert_to, c
     with pytest.raises(ConversionError, match=r"needs 0\.1 GB .* 0\.0 GB are free"):
         convert_to(write_folder(config, weights), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_failing_disk_leaves_a_conversion_that_can_be_continued(
+    write_folder, convert_to, config, weights, tmp_path, monkeypatch
+):
+    source = write_folder(config, weights)
+    with monkeypatch.context() as patched:
+
+        def fail(path: Path, _: object) -> None:
+            raise ValueError(f"RESOURCE_EXHAUSTED: {path.name}")
+
+        patched.setattr(conversion, "write_arrays", fail)
+        with pytest.raises(ConversionError, match=r"cannot be written: RESOURCE_EXHAUSTED.*the same command continues"):
+            convert_to(source, tmp_path / "out")
+    assert convert_to(source, tmp_path / "out").verify() == []
 
 
 def test_elastic_json_names_what_it_was_made_from(write_folder, convert_to, config, weights, tmp_path):
