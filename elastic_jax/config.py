@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any, Self
 
 from elastic_jax.errors import ConfigError
@@ -48,12 +49,12 @@ class ModelConfig:
         """Refuses sizes that cannot be a model.
 
         Raises:
-            ConfigError: a size is not positive, or the heads do not divide.
+            ConfigError: a size is not positive and finite, or the heads do not divide.
         """
         sizes = "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim"
         for name in (*sizes.split(), "max_position_embeddings", "rms_norm_eps", "rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"model config: {name} must be positive, found {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model config: {name} must be positive and finite, found {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model config: num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads})"

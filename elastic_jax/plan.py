@@ -92,7 +92,7 @@ class Plan:
         return values | {"choices": dict(self.choices), "measured": dict(self.measured)}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str) -> Self:
+    def from_json(cls, values: Any, *, source: str) -> Self:
         """Reads what `to_json` wrote; `source` names the file in errors.
 
         Raises:
@@ -102,6 +102,10 @@ class Plan:
         if not isinstance(values, dict) or set(values) != names:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise PlanError(f"{source} is not a plan: expected keys {sorted(names)}, found {found}")
+        types = {"name": str, "choices": dict, "note": str, "provisional": bool, "measured": dict}
+        for key, expected in types.items():
+            if not isinstance(values[key], expected):
+                raise PlanError(f"{source} is not a plan: {key} must be a {expected.__name__}, found {values[key]!r}")
         return cls(**values)
 
 
