@@ -2,32 +2,38 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import jax
 import numpy as np
 
 from aot_cache.target import Device, Target
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.delivery import Delivery
+from elastic_jax.device import default_device
 from elastic_jax.engine import Engine
-from elastic_jax.errors import ConfigError, ExecutableError, MismatchError, RequestError
-from elastic_jax.executables import ModeStore, default_step_config
+from elastic_jax.errors import ConfigError, RequestError
+from elastic_jax.executables import ModeStore
 from elastic_jax.generation import AnswerText, Piece
-from elastic_jax.memory import MemoryPlan, available_memory, check_memory, plan_memory
+from elastic_jax.loading import OnMissing, Say, plan_load, usable_sizes
+from elastic_jax.memory import MemoryPlan
 from elastic_jax.plan import Plan
-from elastic_jax.requests import GenerateRequest, Grammar, SamplingParams, ScoreEvent, ScoreRequest, TokenEvent
+from elastic_jax.prompts import Prompt, list_prompts, pair_tokens, prompt_tokens
+from elastic_jax.requests import (
+    FailEvent,
+    GenerateRequest,
+    Grammar,
+    SamplingParams,
+    ScoreEvent,
+    ScoreRequest,
+    TokenEvent,
+)
 from elastic_jax.runner import Runner
-from elastic_jax.step import ComputeDtype, StepConfig
+from elastic_jax.step import ComputeDtype
 from elastic_jax.tokenizer import Tokenizer
-from elastic_jax.weights import abstract_weights, load_weights
-
-type Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""A text, token ids, or the messages of a chat."""
-
-type OnMissing = Literal["error", "compile"]
-type Say = Callable[[str], None]
+from elastic_jax.weights import load_weights
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer unless told otherwise; fewer where the context ends before."""
@@ -57,8 +63,11 @@ class ElasticMistral:
         checkpoint: where it came from.
         plan: how each group is computed.
         tokenizer: the model's.
-        engine: what runs requests; `generate` and `score` use it, and so may you.
+        engine: what runs requests. `generate` and `score` step it; whoever steps it too takes events away from them.
         memory: what it takes on the device.
+
+    `generate` and `score` may be called from several threads, and in the middle of a stream: all share the engine's
+    steps.
     """
 
     def __init__(
@@ -69,6 +78,7 @@ class ElasticMistral:
         self.tokenizer = tokenizer
         self.engine = engine
         self.memory = memory
+        self._delivery = Delivery(engine)
 
     @classmethod
     def load(
@@ -110,44 +120,16 @@ class ElasticMistral:
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
         checkpoint = Checkpoint.open(path)
         plan = checkpoint.plan(mode)
-        device = device if device is not None else jax.devices()[0]
+        device = device if device is not None else default_device()
         threads = workers if workers is not None else min(os.cpu_count() or 1, 16)
         store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
-        step = cls._step_config(store, on_missing, max_context, threads, say or _say)
-        _check_context(max_context, step)
-
-        weights = abstract_weights(checkpoint.config, plan, store.dtype)
-        memory = plan_memory(checkpoint.config, weights, step, store.memory().values())
-        others = {p.name: sum(_weight_bytes(checkpoint, p, store.dtype)) for p in checkpoint.plans().values()}
-        check_memory(memory, available_memory(device), mode=mode, alternatives=others)
-
+        step = usable_sizes(store, on_missing, max_context, workers=threads, say=say or _say)
+        memory = plan_load(store, step)
         units = store.load(step, trust=trust, workers=threads)
         loaded = load_weights(checkpoint, plan, store.dtype, device, workers=threads, progress=None)
         runner = Runner(checkpoint.config, step, units, loaded, device)
         engine = Engine(runner, max_context or step.max_context)
         return cls(checkpoint, plan, Tokenizer.load(checkpoint.tokenizer_path), engine, memory)
-
-    @staticmethod
-    def _step_config(
-        store: ModeStore, on_missing: OnMissing, max_context: int | None, workers: int, say: Say
-    ) -> StepConfig:
-        """The sizes of the stored executables; where the caller allows it, compiles what is missing or does not fit."""
-        if on_missing == "error":
-            return store.stored_step()
-        problem = _problem(store)
-        if problem is None:
-            return store.stored_step()
-        step = default_step_config(
-            store.checkpoint.config, store.device.platform, store.dtype, kv_slots=None, max_context=max_context
-        )
-        say(f"compiling mode {store.plan.name} for {Target.of(store.device).folder}, because {problem}")
-
-        def progress(name: str, seconds: float | None, done: int, total: int) -> None:
-            if seconds is not None:
-                say(f"compiled {name} in {seconds:.1f} s ({done} of {total})")
-
-        store.compile(step, workers=workers, progress=progress)
-        return step
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +148,7 @@ class ElasticMistral:
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         top_log_probabilities: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         choices: int = 1,
         ignore_end: bool = False,
         grammar: Grammar | None = None,
@@ -200,31 +182,34 @@ class ElasticMistral:
         Raises:
             RequestError: a prompt is empty or too long, or an argument is out of range. Nothing has run then.
         """
-        many, listed = _list_prompts(prompts)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        requests = []
+        many, listed = list_prompts(prompts)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if wrong := [string for string in stops if not isinstance(string, str)]:
+            raise RequestError(f"a stop string must be text, found {wrong[0]!r}")
+        sampling = SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=dict(logit_bias or {}),
+            seed=seed,
+            top_log_probabilities=top_log_probabilities,
+        )
+        end = frozenset[int]() if ignore_end else frozenset(self._end_tokens())
+        requests, texts = [], []
         for index, prompt in enumerate(listed):
-            tokens = self._tokenize(prompt)
-            sampling = SamplingParams(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                repetition_penalty=repetition_penalty,
-                presence_penalty=presence_penalty,
-                frequency_penalty=frequency_penalty,
-                logit_bias=dict(logit_bias or {}),
-                seed=None if seed is None else (seed + index) % 2**64,
-                top_log_probabilities=top_log_probabilities,
-            )
+            tokens = prompt_tokens(prompt, self.tokenizer)
             most = max_new_tokens
             if most is None:
-                most = max(1, min(DEFAULT_NEW_TOKENS, self.engine.max_context - len(tokens)))
-            end = frozenset[int]() if ignore_end else frozenset(self._end_tokens())
-            requests.append(GenerateRequest(tokens, most, sampling, end, choices, grammar))
-        for request in requests:
-            self.engine.check(request)
-        pieces = self._run(requests, stops)
+                most = max(1, min(DEFAULT_NEW_TOKENS, self.engine.limits.max_context - len(tokens)))
+            own = dataclasses.replace(sampling, seed=None if seed is None else (seed + index) % 2**64)
+            requests.append(GenerateRequest(tokens, most, own, end, choices, grammar))
+            self.engine.limits.check(requests[-1])
+            texts.append([self._answer(stops, index, choice, len(tokens)) for choice in range(choices)])
+        pieces = self._run(requests, texts)
         if stream:
             return pieces
         answers = {(p.prompt, p.choice): p.generation for p in pieces if p.generation is not None}
@@ -232,44 +217,34 @@ class ElasticMistral:
         flat = [group if choices > 1 else group[0] for group in results]
         return flat if many else flat[0]
 
-    def _run(self, requests: Sequence[GenerateRequest], stops: Sequence[str]) -> Iterator[Piece]:
-        texts: dict[tuple[int, int], AnswerText] = {}
-        numbers = []
+    def _answer(self, stops: Sequence[str], prompt: int, choice: int, tokens: int) -> AnswerText:
+        detokenizer = self.tokenizer.detokenizer(skip_special_tokens=True)
+        return AnswerText(detokenizer, stops, prompt=prompt, choice=choice, prompt_tokens=tokens)
+
+    def _run(self, requests: Sequence[GenerateRequest], texts: Sequence[Sequence[AnswerText]]) -> Iterator[Piece]:
+        numbers = self._delivery.submit(requests)
         try:
-            for index, request in enumerate(requests):
-                number = self.engine.submit(request)
-                numbers.append(number)
-                for choice in range(request.choices):
-                    texts[number, choice] = AnswerText(
-                        self.tokenizer.detokenizer(skip_special_tokens=True),
-                        stops,
-                        prompt=index,
-                        choice=choice,
-                        prompt_tokens=len(request.prompt),
-                    )
-            while texts:
-                for event in self.engine.step():
-                    answer = texts.get((event.request, event.choice)) if isinstance(event, TokenEvent) else None
-                    if answer is None or not isinstance(event, TokenEvent):
-                        continue
-                    piece, verdict = answer.feed(event)
+            going = {
+                (number, choice): text
+                for number, answers in zip(numbers, texts, strict=True)
+                for choice, text in enumerate(answers)
+            }
+            while going:
+                for event in self._delivery.wait(numbers):
+                    if isinstance(event, FailEvent):
+                        raise event.error
+                    if not isinstance(event, TokenEvent) or (event.request, event.choice) not in going:
+                        continue  # one token of an answer that was stopped came after all
+                    piece, verdict = going[event.request, event.choice].feed(event)
                     if verdict != "going":
-                        del texts[event.request, event.choice]
+                        del going[event.request, event.choice]
                     if verdict == "stopped":
-                        self.engine.cancel(event.request, event.choice)
+                        self._delivery.cancel(event.request, event.choice)
                     yield piece
         finally:
             # A consumer that stops listening must not leave its answers running.
             for number in numbers:
-                self.engine.cancel(number)
-
-    def _tokenize(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt, add_special_tokens=True))
-        if isinstance(prompt, np.ndarray) or not len(prompt) or _is_integer(prompt[0]):
-            return tuple(_token(token) for token in prompt)
-        messages: Any = prompt
-        return tuple(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+                self._delivery.cancel(number)
 
     def _end_tokens(self) -> set[int]:
         return {*self.checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids}
@@ -288,31 +263,21 @@ class ElasticMistral:
         Raises:
             RequestError: a pair is empty, too long, or mixes text and token ids. Nothing has run then.
         """
-        requests = [self._score_request(*pair) for pair in pairs]
-        for request in requests:
-            self.engine.check(request)
-        numbers = [self.engine.submit(request) for request in requests]
+        requests = []
+        for pair in pairs:
+            before, after = pair_tokens(pair, self.tokenizer)
+            requests.append(ScoreRequest((*before, *after), len(before), 0))
+        numbers = self._delivery.submit(requests)
         events: dict[int, ScoreEvent] = {}
         try:
             while len(events) < len(numbers):
-                for event in self.engine.step():
-                    if isinstance(event, ScoreEvent) and event.request in numbers:
+                for event in self._delivery.wait(numbers):
+                    if isinstance(event, ScoreEvent):
                         events[event.request] = event
         finally:
             for number in numbers:
-                self.engine.cancel(number)
+                self._delivery.cancel(number)
         return [_score(request, events[number]) for request, number in zip(requests, numbers, strict=True)]
-
-    def _score_request(self, context: str | Sequence[int], continuation: str | Sequence[int]) -> ScoreRequest:
-        if isinstance(context, str) and isinstance(continuation, str):
-            before, after = self.tokenizer.encode_pair(context, continuation)
-        elif not isinstance(context, str) and not isinstance(continuation, str):
-            before, after = [_token(t) for t in context], [_token(t) for t in continuation]
-        else:
-            raise RequestError("a pair to score must be two texts or two lists of token ids, not one of each")
-        if not before or not after:
-            raise RequestError("a pair to score needs at least one token of context and one of continuation")
-        return ScoreRequest((*before, *after), len(before), 0)
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -331,73 +296,16 @@ class ElasticMistral:
             "device": self.engine.runner.device.device_kind,
             "target": Target.of(self.engine.runner.device).folder,
             "bytes": dataclasses.asdict(self.memory) | {"total": self.memory.total},
-            "executables": {"folder": str(store.folder), "units": sorted(store.memory())},
+            "executables": {"folder": str(store.folder), "units": list(self.engine.runner.unit_names)},
             "attention": step.attention,
             "kv_capacity_tokens": step.kv_slots,
             "rows": step.rows,
-            "max_context": self.engine.max_context,
+            "max_context": self.engine.limits.max_context,
         }
 
 
 def _say(message: str) -> None:
-    import sys
-
     print(message, file=sys.stderr, flush=True)
-
-
-def _problem(store: ModeStore) -> str | None:
-    """Why stored executables cannot be used, found without loading them; None if they can."""
-    if not store.exists:
-        return "there are no executables for it"
-    try:
-        step = store.stored_step()
-        store.check(step)
-    except MismatchError as error:
-        return f"those stored do not fit: {error}"
-    except ExecutableError as error:
-        return str(error)
-    return None
-
-
-def _check_context(max_context: int | None, step: StepConfig) -> None:
-    if max_context is not None and not 1 <= max_context <= step.max_context:
-        raise RequestError(
-            f"max_context {max_context} was asked for, and the executables were compiled for 1 to {step.max_context} "
-            "tokens: compile with --max-context for more"
-        )
-
-
-def _weight_bytes(checkpoint: Checkpoint, plan: Plan, dtype: ComputeDtype) -> Iterator[int]:
-    for leaf in jax.tree.leaves(abstract_weights(checkpoint.config, plan, dtype)):
-        yield leaf.size * leaf.dtype.itemsize
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _token(value: Any) -> int:
-    if not _is_integer(value):
-        raise RequestError(f"a token id must be an integer, found {value!r}")
-    return int(value)
-
-
-def _list_prompts(prompts: Any) -> tuple[bool, list[Any]]:
-    """Whether many prompts were given, and all of them."""
-    if isinstance(prompts, str):
-        return False, [prompts]
-    if isinstance(prompts, np.ndarray):
-        return (True, list(prompts)) if prompts.ndim == 2 else (False, [prompts])
-    if not isinstance(prompts, Sequence):
-        raise RequestError(f"a prompt must be text, token ids or chat messages, found {type(prompts).__name__}")
-    if not prompts:
-        raise RequestError("no prompt was given: the list is empty")
-    if _is_integer(prompts[0]) or isinstance(prompts[0], Mapping):
-        return False, [prompts]
-    for prompt in prompts:
-        if not isinstance(prompt, str | np.ndarray | Sequence):
-            raise RequestError(f"a prompt must be text, token ids or chat messages, found {type(prompt).__name__}")
-    return True, list(prompts)
 
 
 def _score(request: ScoreRequest, event: ScoreEvent) -> Score:

@@ -16,13 +16,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from elastic_jax.errors import RequestError
+from elastic_jax.limits import Limits
 from elastic_jax.pages import PageAllocator
-from elastic_jax.requests import FinishReason, GenerateRequest, ScoreEvent, ScoreRequest, TokenEvent
+from elastic_jax.requests import (
+    FailEvent,
+    FinishReason,
+    GenerateRequest,
+    Grammar,
+    ScoreEvent,
+    ScoreRequest,
+    TokenEvent,
+)
 from elastic_jax.runner import Runner
 from elastic_jax.scheduler import Packed, Phase, Track, choose_bucket, pack
 from elastic_jax.step import ScoreOutputs, StepOutputs
 
-type Event = TokenEvent | ScoreEvent
+type Event = TokenEvent | ScoreEvent | FailEvent
 
 
 @dataclasses.dataclass
@@ -46,7 +55,7 @@ class Engine:
     def __init__(self, runner: Runner, max_context: int) -> None:
         self.runner = runner
         self.config = runner.step_config
-        self.max_context = min(max_context, self.config.max_context)
+        self.limits = Limits(runner.config, self.config, min(max_context, self.config.max_context))
         self.pages = PageAllocator(self.config.kv_slots // self.config.page_size)
         self._numbers = itertools.count()
         self._waiting: collections.deque[Track] = collections.deque()
@@ -55,21 +64,22 @@ class Engine:
         self._pending: tuple[Packed, StepOutputs | ScoreOutputs] | None = None
         self._scores: dict[int, _Scored] = {}
         self._seeds: dict[int, int] = {}
+        self._failed: list[FailEvent] = []
         self._prompt_turn = True
         self._score_turn = False
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self._waiting or self._running or self._pending)
+        return bool(self._waiting or self._running or self._pending or self._failed)
 
     def submit(self, request: GenerateRequest | ScoreRequest) -> int:
         """Queues a request and returns its number.
 
         Raises:
-            RequestError: it is empty, too long for the context or the pool, or names tokens that do not exist.
+            RequestError: it is beyond `limits`.
         """
-        self.check(request)
+        self.limits.check(request)
         tokens = request.prompt if isinstance(request, GenerateRequest) else request.tokens
         number = next(self._numbers)
         choices = request.choices if isinstance(request, GenerateRequest) else 1
@@ -92,67 +102,15 @@ class Engine:
     def step(self) -> list[Event]:
         """Dispatches one step if there is work, then returns what the step before it found."""
         self._admit()
+        self._ask_grammars()
         packed = self._dispatch()
         done, self._pending = self._pending, packed
-        if done is None:
-            return []
-        read, out = done
-        return list(self._read_scores(read, out) if isinstance(out, ScoreOutputs) else self._read_tokens(read, out))
-
-    # -- checking ------------------------------------------------------------------------------------------------------
-
-    def check(self, request: GenerateRequest | ScoreRequest) -> None:
-        """Checks a request without queueing it.
-
-        Raises:
-            RequestError: as for `submit`.
-        """
-        if isinstance(request, GenerateRequest):
-            self._check_tokens(request.prompt)
-            self._check_generate(request)
-        else:
-            self._check_tokens(request.tokens)
-            self._check_score(request)
-
-    def _check_tokens(self, tokens: tuple[int, ...]) -> None:
-        if not tokens:
-            raise RequestError("the prompt is empty: give at least one token")
-        vocab = self.runner.config.vocab_size
-        if wrong := [t for t in tokens if not 0 <= t < vocab]:
-            raise RequestError(f"token {wrong[0]} is outside the vocabulary of {vocab} tokens")
-
-    def _check_length(self, needed: int, what: str) -> None:
-        if needed > self.max_context:
-            raise RequestError(f"{what} need a context of {needed} tokens, and the longest here is {self.max_context}")
-
-    def _check_generate(self, request: GenerateRequest) -> None:
-        if request.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
-        if request.choices < 1:
-            raise RequestError(f"choices must be at least 1, found {request.choices}")
-        needed = len(request.prompt) + request.max_new_tokens
-        self._check_length(needed, f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones")
-        sampling, vocab = request.sampling, self.runner.config.vocab_size
-        self._check_top(sampling.top_log_probabilities)
-        if len(sampling.logit_bias) > self.config.max_bias:
-            raise RequestError(
-                f"logit_bias has {len(sampling.logit_bias)} entries, and at most {self.config.max_bias} were compiled"
-            )
-        if wrong := [t for t in sampling.logit_bias if not 0 <= t < vocab]:
-            raise RequestError(f"logit_bias names token {wrong[0]}, outside the vocabulary of {vocab} tokens")
-
-    def _check_score(self, request: ScoreRequest) -> None:
-        if not 1 <= request.first < len(request.tokens):
-            raise RequestError(
-                f"scoring starts at token {request.first} of {len(request.tokens)}: it must have a token before it and "
-                "one to score"
-            )
-        self._check_length(len(request.tokens), f"{len(request.tokens)} tokens to score")
-        self._check_top(request.top_log_probabilities)
-
-    def _check_top(self, wanted: int) -> None:
-        if wanted > self.config.top_n:
-            raise RequestError(f"{wanted} top log-probabilities wanted, and at most {self.config.top_n} were compiled")
+        events: list[Event] = list(self._failed)
+        self._failed.clear()
+        if done is not None:
+            read, out = done
+            events += self._read_scores(read, out) if isinstance(out, ScoreOutputs) else self._read_tokens(read, out)
+        return events
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
@@ -210,6 +168,25 @@ class Engine:
         if not any(other.number == track.number for other in [*self._waiting, *self._running]):
             self._seeds.pop(track.number, None)
 
+    # -- grammars ------------------------------------------------------------------------------------------------------
+
+    def _ask_grammars(self) -> None:
+        """Sets the masks of rows that may generate next; before any step is packed, since a grammar may fail."""
+        for track in list(self._running):
+            request = track.request
+            if not isinstance(request, GenerateRequest) or request.grammar is None or track.waits_for_read:
+                continue
+            if track.masked == len(track.output) or track.phase is Phase.FINISHED:
+                continue
+            try:
+                words = _allowed(request.grammar, tuple(track.output), self.runner.config.vocab_size)
+            except Exception as error:
+                self.cancel(track.number)
+                self._failed.append(FailEvent(track.number, error))
+                continue
+            self.runner.sampling.allow(track.row, words)
+            track.masked = len(track.output)
+
     # -- dispatching ---------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> tuple[Packed, StepOutputs | ScoreOutputs] | None:
@@ -246,8 +223,6 @@ class Engine:
             request = track.request
             if not isinstance(request, GenerateRequest):
                 raise TypeError(f"request {track.number} is no generation")
-            if request.grammar is not None:
-                self.runner.sampling.allow(track.row, request.grammar.allowed(track.output))
             sampling |= not request.sampling.greedy or request.grammar is not None
             top |= request.sampling.top_log_probabilities > 0
         return self.runner.step(packed.bucket, packed.inputs, sampling=sampling, top=top)
@@ -318,6 +293,17 @@ class Engine:
                     tuple(scored.top),
                     scored.finite,
                 )
+
+
+def _allowed(grammar: Grammar, output: tuple[int, ...], vocab: int) -> np.ndarray:
+    """What a grammar allows, checked: NumPy would stretch a wrong shape, and a row must have a token to take."""
+    words = np.asarray(grammar.allowed(output))
+    expected = -(-vocab // 32)
+    if words.shape != (expected,) or words.dtype != np.uint32:
+        raise RequestError(f"the grammar must give uint32[{expected}], found {words.dtype}{list(words.shape)}")
+    if not np.unpackbits(words.astype("<u4").view(np.uint8), bitorder="little")[:vocab].any():
+        raise RequestError(f"the grammar allows no token after {len(output)} tokens: it must at least allow an end")
+    return words
 
 
 def _top(tokens: object, log_probabilities: object, at: int, n: int) -> tuple[tuple[int, float], ...]:

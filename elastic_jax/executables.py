@@ -48,7 +48,8 @@ def default_step_config(
         model: its longest context bounds `max_context`.
         platform: `cpu` or `gpu`.
         dtype: compute type.
-        kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; None for the platform's default.
+        kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; None for the platform's default, or more
+            where `max_context` needs it.
         max_context: longest context in tokens; None for as much as model and pool allow.
 
     Raises:
@@ -56,7 +57,8 @@ def default_step_config(
     """
     if platform not in _BUCKETS:
         raise ConfigError(f"no step sizes are known for platform {platform!r}; known: {sorted(_BUCKETS)}")
-    slots = -(-(kv_slots or _KV_SLOTS[platform]) // _PAGE_SIZE) * _PAGE_SIZE
+    slots = kv_slots or max(_KV_SLOTS[platform], max_context or 0)
+    slots = -(-slots // _PAGE_SIZE) * _PAGE_SIZE
     if max_context is not None and max_context > model.max_position_embeddings:
         raise ConfigError(
             f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"

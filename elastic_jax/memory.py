@@ -89,13 +89,22 @@ def _available_host_memory() -> int | None:
         limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     except OSError:  # not Linux
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit, if it has one
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):  # a container's own limit, if it has one
+        limits.append(_available_in_group(Path("/sys/fs/cgroup")))
     return min(limits, default=None)
 
 
-def check_memory(plan: MemoryPlan, available: int | None, *, mode: str, alternatives: dict[str, int]) -> None:
+def _available_in_group(group: Path) -> int:
+    """What a control group (version 2) leaves; cached files count as used there, but give way to allocations."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    statistics = {name: int(count) for name, count in (line.split() for line in lines)}
+    used = int((group / "memory.current").read_text()) - statistics["inactive_file"] - statistics["active_file"]
+    return int((group / "memory.max").read_text()) - used
+
+
+def check_memory(
+    plan: MemoryPlan, available: int | None, *, mode: str, alternatives: dict[str, int], page_size: int
+) -> None:
     """Refuses a load that does not fit.
 
     Args:
@@ -103,6 +112,7 @@ def check_memory(plan: MemoryPlan, available: int | None, *, mode: str, alternat
         available: bytes free on the device; None allows everything.
         mode: the mode's name.
         alternatives: bytes of weights of the checkpoint's other modes.
+        page_size: tokens a page; a pool has whole ones.
 
     Raises:
         MemoryPlanError: it does not fit; the message says what would.
@@ -112,6 +122,7 @@ def check_memory(plan: MemoryPlan, available: int | None, *, mode: str, alternat
     rest = plan.total - plan.weights
     fitting = sorted(name for name, weights in alternatives.items() if weights + rest <= available and name != mode)
     tokens = (available - plan.weights - plan.rows - plan.workspace) // plan.kv_token
+    tokens -= tokens % page_size
     advice = []
     if fitting:
         advice.append(f"mode {' or '.join(fitting)} fits as it is")

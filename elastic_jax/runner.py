@@ -90,6 +90,11 @@ class Runner:
         self._kv, self._rows = state[: self._layers], state[self._layers :]
         self.sampling = SamplingTable(config, step, device)
 
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """The units it can run."""
+        return tuple(sorted(self._units))
+
     def step(self, bucket: Bucket, inputs: StepInputs, *, sampling: bool, top: bool) -> StepOutputs:
         """Dispatches one step and returns without waiting for it.
 

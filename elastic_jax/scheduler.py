@@ -38,7 +38,7 @@ class Track:
         computed: tokens whose keys and values are in the cache, or will be once the dispatched steps have run.
         dispatched: output tokens that dispatched steps give.
         output: output tokens that have been read.
-        shared: tokens of the prompt that another answer's pages already hold.
+        masked: output tokens for which the row's grammar mask was set; -1 before the first.
         source: the answer to the same prompt whose pages are shared once they are computed.
     """
 
@@ -52,7 +52,7 @@ class Track:
     computed: int = 0
     dispatched: int = 0
     output: list[int] = dataclasses.field(default_factory=list)
-    shared: int = 0
+    masked: int = -1
     source: "Track | None" = None
 
     @property
@@ -120,7 +120,10 @@ def choose_bucket(buckets: Sequence[Bucket], generating: int, prompt: int, *, pr
 
 def _fitting(buckets: Iterable[Bucket], prompt: int) -> Bucket:
     """The bucket that wastes least: the smallest that holds all if over half full, else the largest that gets full."""
-    ordered = sorted(buckets, key=lambda b: (b.prompt, b.generated))
+    narrowest: dict[int, Bucket] = {}
+    for bucket in sorted(buckets):
+        narrowest.setdefault(bucket.prompt, bucket)
+    ordered = [narrowest[size] for size in sorted(narrowest)]
     for index, bucket in enumerate(ordered):
         if bucket.prompt >= prompt:
             return bucket if index == 0 or prompt > bucket.prompt // 2 else ordered[index - 1]
