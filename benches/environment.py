@@ -1,0 +1,58 @@
+"""Where and of what a measurement was made: the `environment` object of every result file."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("elastic-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+
+
+def processor() -> str:
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The commit measured, with a mark if the tree had other changes than results."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/results")
+    return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+
+
+def environment() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": processor() if device.platform == "cpu" else device.device_kind,
+        "cores": os.cpu_count(),
+        "platform": device.platform,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "commit": commit(),
+    }
+
+
+def report(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path | None) -> None:
+    """Prints rows as a table and everything as one JSON line; writes it to a file if one is named."""
+    widths = {key: max(len(key), *(len(_show(row[key])) for row in rows)) for key in rows[0]}
+    print("  ".join(key.rjust(width) for key, width in widths.items()))
+    for row in rows:
+        print("  ".join(_show(row[key]).rjust(width) for key, width in widths.items()))
+    result = {"environment": environment(), **facts, "rows": rows}
+    print(json.dumps(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _show(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
