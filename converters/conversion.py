@@ -29,7 +29,7 @@ from elastic_jax.checkpoint_format import (
     Manifest,
     expected_folder,
 )
-from elastic_jax.checkpoint_io import describe_folder, new_folder, write_arrays, write_json
+from elastic_jax.checkpoint_io import PARTIAL, describe_folder, new_folder, sync, write_arrays, write_json
 from elastic_jax.errors import CheckpointError, ConversionError
 from elastic_jax.plan import Precision, provisional_plans
 
@@ -85,6 +85,8 @@ def convert(
     fingerprint = opened.fingerprint()
     destination.mkdir(parents=True, exist_ok=True)
     with locked(destination):
+        if (destination / MANIFEST).is_file() and not overwrite:
+            raise ConversionError(f"another process has just finished {destination}: run the same command again")
         versions = tool_versions()
         journal = Journal(destination)
         _check_space(destination, opened, units, journal, overwrite=overwrite)
@@ -184,8 +186,10 @@ def _raise_all(errors: list[Exception]) -> None:
 def _check_destination(destination: Path) -> None:
     if destination.exists() and not destination.is_dir():
         raise ConversionError(f"{destination} is a file: name a new folder for the checkpoint")
-    ours = (destination / MANIFEST).is_file() or (destination / JOURNAL).is_file()
-    if destination.is_dir() and not ours and (found := sorted(path.name for path in destination.iterdir())):
+    if not destination.is_dir() or (destination / MANIFEST).is_file() or (destination / JOURNAL).is_file():
+        return
+    # A kill can leave the journal's first, partial write alone.
+    if found := sorted(path.name for path in destination.iterdir() if path.name != JOURNAL + PARTIAL):
         raise ConversionError(
             f"{destination} is neither empty nor an Elastic checkpoint (it holds {list_names(found)}): "
             "name a new folder; nothing was changed"
@@ -266,5 +270,7 @@ def _finish(
         "weights_sha256": hashlib.sha256(weights.encode()).hexdigest(),
     }
     folders = {name: finished[name].folder for name in names}
+    for folder in (*(destination / WEIGHTS).iterdir(), destination / WEIGHTS):
+        sync(folder)  # the names of folders outlive a power failure only once their parents are flushed
     manifest = Manifest(source.config, folders, tokenizer, description, versions)
     write_json(destination / MANIFEST, manifest.to_json())

@@ -12,8 +12,8 @@ def quantize_int8(
 ) -> tuple[Int8[np.ndarray, "out in"], Float32[np.ndarray, "out 1"]]:
     """Symmetric: scale = absmax / 127 of each row, values = round-half-even(weight / scale), never -128.
 
-    A zero row has scale 1. NumPy rather than XLA, because its division and rounding are IEEE's on every machine: equal
-    weights give equal files.
+    A zero row, or one too small for a normal scale, becomes zeros with scale 1. NumPy rather than XLA, because its
+    division and rounding are IEEE's on every machine: equal weights give equal files.
 
     Args:
         weight: finite.
@@ -27,11 +27,11 @@ def quantize_int8(
     for start in range(0, rows, step):
         block = weight[start : start + step].astype(np.float32)
         absmax = np.max(np.abs(block), axis=1, keepdims=True)
-        scale = np.where(absmax == 0, np.float32(1), absmax / _LARGEST)
-        block /= scale
+        scale = absmax / _LARGEST
+        # Devices flush subnormal scales to zero, and a scale must not be zero.
+        scale = np.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+        block /= scale  # at most 127 after rounding, since a normal scale is exact to 2**-24
         np.rint(block, out=block)
-        # Only a subnormal scale, itself badly rounded, can lead past 127.
-        np.clip(block, -_LARGEST, _LARGEST, out=block)
         values[start : start + step] = block.astype(np.int8)
         scales[start : start + step] = scale
     return values, scales

@@ -20,7 +20,7 @@ type Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class Fused:
     """One array and the parts whose rows follow each other in it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Unit:
     """
 
     name: str
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Fused, ...]
     folders: tuple[FolderName, ...]
 
     @property
@@ -72,12 +72,12 @@ def conversion_units(config: ModelConfig, only: Precision | None) -> Iterator[Un
     precisions = PRECISIONS if only is None else (only,)
     tied = config.tie_word_embeddings
     from_embedding = ((LM_HEAD, "int8"),) if tied and "int8" in precisions else ()
-    yield Unit(EMBEDDING, (Leaf("values", ("embedding",), False),), ((EMBEDDING, "bf16"), *from_embedding))
+    yield Unit(EMBEDDING, (Fused("values", ("embedding",), False),), ((EMBEDDING, "bf16"), *from_embedding))
     layers = range(config.num_layers)
     norms = (
-        Leaf("attention", tuple(f"layers.{i}.attention_norm" for i in layers), False),
-        Leaf("mlp", tuple(f"layers.{i}.mlp_norm" for i in layers), False),
-        Leaf("final", ("final_norm",), True),
+        Fused("attention", tuple(f"layers.{i}.attention_norm" for i in layers), False),
+        Fused("mlp", tuple(f"layers.{i}.mlp_norm" for i in layers), False),
+        Fused("final", ("final_norm",), True),
     )
     yield Unit(NORMS, norms, ((NORMS, "bf16"),))
     for name, group in model_groups(config).items():
@@ -85,7 +85,7 @@ def conversion_units(config: ModelConfig, only: Precision | None) -> Iterator[Un
             continue
         prefix = name.removesuffix(group.kind)
         parts = tuple(prefix + part for part in GROUP_PARTS.get(group.kind, (group.kind,)))
-        yield Unit(name, (Leaf("values", parts, False),), tuple((name, precision) for precision in precisions))
+        yield Unit(name, (Fused("values", parts, False),), tuple((name, precision) for precision in precisions))
 
 
 def read_unit(unit: Unit, source: Source, progress: Callable[[int], None]) -> tuple[Arrays, dict[str, str]]:

@@ -154,6 +154,15 @@ def test_a_foreign_folder_is_never_touched(write_folder, convert_to, config, wei
         convert_to(source, source / "config.json")
 
 
+def test_a_kill_before_the_journal_was_written_leaves_no_foreign_folder(
+    write_folder, convert_to, config, weights, tmp_path
+):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "conversion.json.partial").write_text("{")
+    assert convert_to(write_folder(config, weights), tmp_path / "out").verify() == []
+    assert not list((tmp_path / "out").glob("conversion*"))
+
+
 def test_nothing_is_written_for_a_source_with_a_bad_header(write_folder, convert_to, config, weights, tmp_path):
     del weights["model.norm.weight"]
     with pytest.raises(ConversionError, match=r"model\.norm\.weight"):
