@@ -2,8 +2,9 @@
 
 Method. The text is encoded as a whole, cut into windows of --window tokens, and each window is run through the model
 by itself (with BOS where the tokenizer adds one). The reference is mode XL computed in float32. KL is
-KL(reference || mode) of the next-token distributions in nats, averaged over all positions; perplexity is exp of the mean
-negative log-likelihood of each window's tokens after its first; a flip is a position whose most likely token differs.
+KL(reference || mode) of the next-token distributions in nats, averaged over all positions; perplexity is exp of the
+mean negative log-likelihood of each window's tokens after its first; a flip is a position whose most likely token
+differs.
 Quantized modes are measured twice: with all tokens in the prompt's arithmetic, and with all in the generated tokens'
 (the products of a generated token; attention is the same). Tracing and compiling are allowed here.
 

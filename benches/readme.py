@@ -1,0 +1,101 @@
+"""Writes the numbers of README.md from the committed results, between `<!-- NAME -->` and `<!-- /NAME -->`.
+
+uv run python benches/readme.py           # rewrites README.md
+uv run python benches/readme.py --check   # status 1 if it would change
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benches" / "results"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(result: dict[str, Any]) -> str:
+    environment = result["environment"]
+    return f"{environment['device']}, {environment['cores']} cores, jax {environment['versions']['jax']}"
+
+
+def fidelity(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["mode"] if row["dtype"] == "bfloat16" else f"{row['mode']}, {row['dtype']} (the reference)",
+            "any" if row["mode"] == "XL" else row["role"],
+            f"{row['kl']:.4f}",
+            f"{row['perplexity']:.3f}",
+            f"{100 * row['perplexity_change']:+.2f} %",
+            f"{100 * row['flips']:.1f} %",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["mode", "tokens' role", "KL (nats)", "perplexity", "change", "top-1 flips"]
+    model = result["source"]["files"][0]["name"]
+    return (
+        f"{model}, {result['tokens']} tokens of {result['text_name']} in windows of {result['window']} "
+        f"({where(result)}; `benches/fidelity.py`):\n\n{table(head, rows)}"
+    )
+
+
+def context(result: dict[str, Any]) -> str:
+    contexts = " and ".join(str(row["max_context"]) for row in result["rows"])
+    times = " and ".join(f"{row['step_ms']:.1f} ms" for row in result["rows"])
+    return (
+        f"Compiled for contexts of {contexts} tokens, a step with {result['rows'][0]['live_tokens']} live tokens takes "
+        f"{times}: a ratio of {result['ratio']:.3f} (mode {result['mode']}, {where(result)}; `benches/context.py`)."
+    )
+
+
+def convert(result: dict[str, Any]) -> str:
+    return (
+        f"Converting {result['source_bytes'] / 1e9:.1f} GB of sharded bf16 safetensors into int8 and bf16 runs at "
+        f"{result['input_mb_per_s']:.0f} MB/s of input with a peak of {result['peak_rss_gib']:.2f} GiB of memory "
+        f"({result['device']}; `benches/convert.py`). Killed {len(result['kill_delays_s'])} times and continued, it "
+        f"leaves {'the same files, byte for byte' if result['identical_after_kills'] else 'OTHER FILES'}."
+    )
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"fidelity": fidelity, "context": context, "convert": convert}
+
+
+def rendered(text: str) -> str:
+    """README's text with every section replaced by what the results say.
+
+    Raises:
+        ValueError: a result has no section, or a section no result.
+    """
+    for name, render in SECTIONS.items():
+        files = sorted(RESULTS.glob(f"*/{name}.json"))
+        if not files:
+            raise ValueError(f"no result {RESULTS}/<device>/{name}.json for README's section {name}")
+        body = "\n\n".join(render(json.loads(file.read_text())) for file in files)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
+        if count != 1:
+            raise ValueError(f"README.md has {count} sections <!-- {name} -->, expected one")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text("utf-8")
+    after = rendered(before)
+    if arguments.check and before != after:
+        sys.exit("README.md differs from the results: run `python benches/readme.py`")
+    readme.write_text(after, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
