@@ -137,13 +137,12 @@ def compile_modes(
     as_json: JsonOption = False,
 ) -> None:
     """Compile modes for this machine's device and store the executables in the checkpoint."""
-    import jax
-
     from elastic_jax.checkpoint import Checkpoint
+    from elastic_jax.device import default_device
     from elastic_jax.executables import ModeStore, default_step_config
 
     opened = Checkpoint.open(checkpoint)
-    device = jax.devices()[0]
+    device = default_device()
     step = default_step_config(opened.config, device.platform, dtype, kv_slots=kv_slots, max_context=max_context)
     results = []
     plans = [opened.plan(name) for name in mode] if mode else _stored_plans(opened)
@@ -187,18 +186,15 @@ def _compiled(result: dict[str, Any]) -> str:
 
 
 @app.command()
-def verify(checkpoint: CheckpointArgument, workers: WorkersOption = None, as_json: JsonOption = False) -> None:
+def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     """Check every file of a checkpoint and of its executables against its digest; nothing is loaded."""
     from aot_cache import store
     from elastic_jax.checkpoint import Checkpoint
-    from elastic_jax.executables import FOLDER
+    from elastic_jax.executables import store_folders
 
-    del workers
     opened = Checkpoint.open(checkpoint)
-    problems = [str(problem) for problem in opened.verify()]
-    folders = sorted(path.parent for path in (checkpoint / FOLDER).glob("*/*/manifest.json"))
-    for folder in folders:
-        problems += [f"{folder}: {problem}" for problem in store.verify(folder)]
+    folders = store_folders(checkpoint)
+    problems = opened.verify() + [problem for folder in folders for problem in store.verify(folder)]
     files = sum(len(folder.files) for folder in opened.manifest.folders.values())
     _print(
         {"path": str(checkpoint), "files": files, "stores": len(folders), "problems": problems},
@@ -229,7 +225,10 @@ def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def generate(
     checkpoint: CheckpointArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt; standard input if none.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="The prompt; if none, standard input without its last newline."),
+    ] = None,
     mode: ModeOption = "M",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens.")] = None,
@@ -321,7 +320,8 @@ def generate(
 
 def _read_standard_input() -> str:
     try:
-        return sys.stdin.buffer.read().decode()
+        # Who pipes a line in means its text: the newline would be a token of the prompt.
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise RequestError(f"standard input is not UTF-8 text: {error}") from None
 
@@ -352,11 +352,8 @@ def _run(command: Callable[[], Any]) -> None:
     except ElasticError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has gone
-        sys.stderr.close()
+    except OSError as error:  # no permission, no space, no such device: the system's words are the message
+        typer.echo(f"error: {error}", err=True)
         sys.exit(1)
 
 

@@ -1,7 +1,7 @@
 """The demo: the whole path on a small real model, each mode in a process of its own that may not compile."""
 
 import json
-import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from typing import Any
 from elastic_jax.demo_model import default_cache, demo_model
 from elastic_jax.errors import ElasticError
 from elastic_jax.plan import MODES
+
+_STANDARD_ERROR = 2  # the descriptor: `sys.stderr` may be something else than a file
 
 PROMPT = "Name three things that make a good library, and say why in one sentence each."
 
@@ -54,14 +56,15 @@ def run_demo(directory: Path | None, say: Callable[[str], None]) -> list[dict[st
 
 
 def _command(say: Callable[[str], None], *arguments: str) -> str:
-    """Runs one command of this program in a fresh process; its own progress goes to standard error."""
-    quoted = " ".join(a if " " not in a else f'"{a}"' for a in arguments)
-    say(f"\n$ elastic-jax {quoted}")
+    """Runs one command of this program in a fresh process, and returns what it printed if that is JSON.
+
+    All else goes to standard error, so that the demo's own JSON stands alone.
+    """
+    shown = shlex.join(["elastic-jax", *arguments])
+    say(f"\n$ {shown}")
     command = [sys.executable, "-m", "elastic_jax", *arguments]
     captured = "--json" in arguments
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE if captured else None, text=True, check=False, env=os.environ.copy()
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE if captured else _STANDARD_ERROR, text=True, check=False)
     if done.returncode:
-        raise ElasticError(f"`elastic-jax {quoted}` ended with exit status {done.returncode}")
+        raise ElasticError(f"`{shown}` ended with exit status {done.returncode}")
     return done.stdout or ""

@@ -77,6 +77,12 @@ def default_step_config(
     )
 
 
+def store_folders(checkpoint: Path) -> list[Path]:
+    """Every executable store of a checkpoint, whole or not; those being written are hidden folders."""
+    folders = (checkpoint / FOLDER).glob("*/*")
+    return sorted(folder for folder in folders if folder.is_dir() and not folder.name.startswith("."))
+
+
 @dataclasses.dataclass(frozen=True)
 class ModeStore:
     """The store of one mode's executables for one device.

@@ -6,7 +6,7 @@ from typing import Any
 from aot_cache.manifest import read_manifest
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ElasticError
-from elastic_jax.executables import FOLDER
+from elastic_jax.executables import store_folders
 from elastic_jax.memory import gib
 
 
@@ -32,28 +32,29 @@ def describe(path: Path) -> dict[str, Any]:
                 "note": plan.note,
             }
         )
-    stores = []
-    for manifest in sorted((path / FOLDER).glob("*/*/manifest.json")):
-        folder = manifest.parent
-        read = read_manifest(folder, hint="")
-        stores.append(
-            {
-                "target": folder.parent.name,
-                "mode": folder.name,
-                "units": len(read.units),
-                "bytes": sum(record.size for record in read.units.values()),
-                "jax": read.identity["jax"],
-                "kv_slots": read.identity["kv_slots"],
-                "max_context": read.identity["max_context"],
-            }
-        )
     return {
         "path": str(path),
         "model": checkpoint.config.to_json(),
         "source": dict(checkpoint.manifest.source),
         "modes": modes,
-        "executables": stores,
+        "executables": [_describe_store(folder) for folder in store_folders(path)],
     }
+
+
+def _describe_store(folder: Path) -> dict[str, Any]:
+    """What a store says of itself; `problem` if it says nothing readable."""
+    described: dict[str, Any] = {"target": folder.parent.name, "mode": folder.name, "problem": None}
+    try:
+        manifest = read_manifest(folder, hint="compile it again")
+        return described | {
+            "units": len(manifest.units),
+            "bytes": sum(record.size for record in manifest.units.values()),
+            **{name: manifest.identity[name] for name in ("jax", "dtype", "kv_slots", "max_context")},
+        }
+    except KeyError as error:
+        return described | {"problem": f"{folder}: its manifest does not name {error}: compile it again"}
+    except ElasticError as error:
+        return described | {"problem": str(error)}
 
 
 def render(info: dict[str, Any]) -> str:
@@ -76,6 +77,9 @@ def render(info: dict[str, Any]) -> str:
     if not info["executables"]:
         lines.append(f"no executables: compile with `elastic-jax compile {info['path']}`")
     for store in info["executables"]:
+        if store["problem"]:
+            lines.append(f"executables for {store['target']}, mode {store['mode']}: {store['problem']}")
+            continue
         lines.append(
             f"executables for {store['target']}, mode {store['mode']}: {store['units']} units, "
             f"{store['bytes'] / 1e6:.1f} MB, context up to {store['max_context']}, "
