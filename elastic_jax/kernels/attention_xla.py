@@ -54,15 +54,22 @@ def _padded_tables(batch: TokenBatch) -> Int32[Array, "rows pages"]:
     return jnp.pad(batch.block_table, ((0, 0), (0, -batch.block_table.shape[1] % _block_pages(batch))))
 
 
-def _read_block(kv: Array, tables: Int32[Array, "n pages"], block: Array, batch: TokenBatch) -> tuple[Array, Array]:
-    """Keys and values [n, kv_heads, block, dim] of context block number `block` of n block tables.
+def _read_block(
+    kv: Array, tables: Int32[Array, "n pages"], length: Int32[Array, " n"], block: Array, batch: TokenBatch
+) -> tuple[Array, Array]:
+    """Keys and values [n, kv_heads, block, dim] of context block number `block` of n block tables; zeros from each
+    table's `length` on.
 
-    Gather and transposition are one fusion on CPU, and the dots that follow need no other layout.
+    Gather, mask and transposition are one fusion on CPU, and the dots that follow need no other layout.
     """
     n, pages = tables.shape[0], _block_pages(batch)
     taken = jax.lax.dynamic_slice(tables, (0, block * pages), (n, pages))
     paged = kv.reshape(-1, batch.page_size, *kv.shape[1:])
     gathered = paged.at[taken].get(mode="clip")  # n pages page_size 2 kv_heads dim
+    # A slot that is not written yet may hold what a broken sequence left: NaN, which no zero weight removes.
+    slots = jnp.arange(pages * batch.page_size, dtype=jnp.int32).reshape(1, pages, batch.page_size)
+    written = block * pages * batch.page_size + slots < length[:, None, None]
+    gathered = jnp.where(written[..., None, None, None], gathered, jnp.zeros((), kv.dtype))
     both = gathered.transpose(3, 0, 4, 1, 2, 5)
     both = both.reshape(2, n, kv.shape[2], pages * batch.page_size, kv.shape[3])
     return both[0], both[1]
@@ -77,7 +84,7 @@ def _generated(query: Float[Array, "d heads dim"], kv: Array, batch: TokenBatch)
     grouped = query.reshape(d, kv.shape[2], -1, dim)
 
     def each_block(block: Array, carry: _Softmax) -> _Softmax:
-        keys, values = _read_block(kv, tables, block, batch)
+        keys, values = _read_block(kv, tables, length, block, batch)
         position = block * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
         live = position[None, :] < length[:, None]
         return _attend_block(carry, grouped, keys, values, live[:, None, None, :])
@@ -108,13 +115,14 @@ def _prompt(query: Float[Array, "p heads dim"], kv: Array, batch: TokenBatch) ->
             part = part.transpose(1, 2, 0, 3).reshape(1, kv_heads, group * tile, dim)
             at = jnp.tile(first + number * tile + jnp.arange(tile, dtype=jnp.int32), group)
 
+            last = first + jnp.minimum((number + 1) * tile, count[row])
+
             def each_block(block: Array, carry: _Softmax) -> _Softmax:
-                keys, values = _read_block(kv, table, block, batch)
+                keys, values = _read_block(kv, table, last[None], block, batch)
                 context = block * block_tokens + jnp.arange(block_tokens, dtype=jnp.int32)
                 live = context[None, :] <= at[:, None]
                 return _attend_block(carry, part, keys, values, live[None, None])
 
-            last = first + jnp.minimum((number + 1) * tile, count[row])
             blocks = (last + block_tokens - 1) // block_tokens
             done = _finish(jax.lax.fori_loop(0, blocks, each_block, _start(part)))
             done = done.reshape(kv_heads, group, tile, dim).transpose(2, 0, 1, 3).reshape(tile, heads, dim)

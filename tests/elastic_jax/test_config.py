@@ -48,7 +48,7 @@ def test_key_and_value_heads_divide_the_query_heads():
 
 
 def test_rotary_embedding_needs_pairs():
-    with pytest.raises(ConfigError, match="head_dim must be even.*found 127"):
+    with pytest.raises(ConfigError, match="head_dim must be even for rotary embedding, found 127"):
         change(head_dim=127)
 
 
