@@ -75,9 +75,9 @@ def adjust_logits(
 
 
 def _ordered(x: Float32[Array, "rows vocab"]) -> UInt32[Array, "rows vocab"]:
-    """Unsigned integers in the order of the floats."""
+    """Unsigned integers in the order of the floats; zeros of both signs are equal."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    return jnp.where(bits >> 31 == 1, jnp.uint32(0) - bits, bits | jnp.uint32(1 << 31))
 
 
 def _largest_threshold(keys: UInt32[Array, "rows vocab"], weight: Array, at_least: Array) -> UInt32[Array, " rows"]:
@@ -130,7 +130,10 @@ def _chunked(x: Array, fill: float) -> Array:
 def draw(
     logits: Float32[Array, "rows vocab"], kept: Bool[Array, "rows vocab"], uniform: Float32[Array, " rows"]
 ) -> Int32[Array, " rows"]:
-    """The token at which the cumulative probability of the kept tokens passes `uniform`, in two levels."""
+    """The token at which the cumulative probability of the kept tokens passes `uniform`, in two levels.
+
+    Where no token is kept, or a logit is NaN, it is some token of the vocabulary.
+    """
     largest = jnp.max(jnp.where(kept, logits, -jnp.inf), axis=1, keepdims=True)
     mass = _chunked(jnp.where(kept, jnp.exp(logits - largest), 0.0), 0.0)
 
@@ -146,7 +149,7 @@ def draw(
     chunk_mass = jnp.sum(mass, axis=2)
     chunk, rest = invert(chunk_mass, uniform * jnp.sum(chunk_mass, axis=1))
     within, _ = invert(jnp.take_along_axis(mass, chunk[:, None, None], axis=1)[:, 0], rest)
-    return chunk * _CHUNK + within
+    return jnp.minimum(chunk * _CHUNK + within, logits.shape[1] - 1)
 
 
 def uniforms(
