@@ -1,7 +1,9 @@
 """Loading and verifying executable stores. Nothing here traces or compiles."""
 
+import functools
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from elastic_jax.errors import ExecutableError, MismatchError, TrustError
 
 
 class Executable:
-    """A loaded unit: called with its arrays positionally, it returns a flat tuple of arrays.
+    """A verified unit: called with its arrays positionally, it returns a flat tuple of arrays.
 
     Attributes:
         name: of the unit.
@@ -27,13 +29,29 @@ class Executable:
         properties: the unit's bucket facts.
     """
 
-    __slots__ = ("_call", "memory", "name", "properties")
+    __slots__ = ("_call", "_lock", "_open", "memory", "name", "properties")
 
-    def __init__(self, name: str, compiled: jax.stages.Compiled, memory: Memory, properties: Properties) -> None:
+    def __init__(
+        self, name: str, opener: Callable[[], jax.stages.Compiled], memory: Memory, properties: Properties
+    ) -> None:
         self.name = name
         self.memory = memory
         self.properties = properties
-        self._call = compiled
+        self._open = opener
+        self._call: jax.stages.Compiled | None = None
+        self._lock = threading.Lock()
+
+    def open(self) -> jax.stages.Compiled:
+        """Hands the machine code to XLA, once; a call does it if nobody has.
+
+        Raises:
+            ExecutableError: XLA refuses it, or it holds a class that executables do not need.
+        """
+        with self._lock:
+            compiled = self._open()
+            self._open = lambda: compiled  # lets go of the file's bytes
+            self._call = compiled
+            return compiled
 
     def __call__(self, *arguments: Any) -> tuple[jax.Array, ...]:
         """Runs the unit; donated arguments are deleted.
@@ -41,7 +59,7 @@ class Executable:
         Raises:
             TypeError: an argument's shape or dtype is not what was compiled.
         """
-        return self._call(*arguments)
+        return (self._call or self.open())(*arguments)
 
     def __repr__(self) -> str:
         return f"Executable({self.name})"
@@ -57,6 +75,7 @@ def load(
     trust: bool,
     workers: int,
     hint: str,
+    preload: bool = True,
     compiler_options: CompilerOptions | None = None,
 ) -> dict[str, Executable]:
     """Loads executables on a device, several at once, after checking all there is to check.
@@ -70,6 +89,8 @@ def load(
         trust: load the store even if somebody else may have written it.
         workers: threads.
         hint: a sentence that says how to compile, ending the messages.
+        preload: hand all machine code to XLA now. Otherwise each unit's waits in memory, verified, for its first call:
+            a short-lived process needs few of them, and on CPU opening one takes most of a second.
         compiler_options: the XLA options that would be given now.
 
     Raises:
@@ -89,8 +110,11 @@ def load(
 
     def load_one(name: str) -> Executable:
         blob = _read_checked(paths[name], records[name], hint=hint)
-        compiled = payload.from_bytes(blob, device, source=str(paths[name]))
-        return Executable(name, compiled, records[name].memory, records[name].properties)
+        opener = functools.partial(payload.from_bytes, blob, device, source=str(paths[name]))
+        executable = Executable(name, opener, records[name].memory, records[name].properties)
+        if preload:
+            executable.open()
+        return executable
 
     with ThreadPoolExecutor(workers, thread_name_prefix="aot-load") as pool:
         return dict(zip(records, pool.map(load_one, records), strict=True))

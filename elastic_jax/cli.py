@@ -269,6 +269,7 @@ def generate(
         dtype=dtype,
         max_context=max_context,
         trust=trust,
+        preload=False,  # one answer needs a few of them
         say=lambda message: _note(message, as_json),
     )
     loaded = time.perf_counter()

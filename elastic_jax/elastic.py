@@ -91,6 +91,7 @@ class ElasticMistral:
         max_context: int | None = None,
         device: Device | None = None,
         trust: bool = False,
+        preload: bool = True,
         workers: int | None = None,
         say: Say | None = None,
     ) -> Self:
@@ -104,6 +105,7 @@ class ElasticMistral:
             max_context: longest context of a sequence in tokens; by default what the executables were compiled for.
             device: the device; JAX's first by default.
             trust: load executables that somebody else may have written. They are native code.
+            preload: open all executables now; otherwise each is opened when it is first used, and only verified now.
             workers: threads for reading and loading; by default one per processor core, 16 at most.
             say: is told what is being compiled; prints to standard error by default.
 
@@ -125,7 +127,7 @@ class ElasticMistral:
         store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
         step = usable_sizes(store, on_missing, max_context, workers=threads, say=say or _say)
         memory = plan_load(store, step)
-        units = store.load(step, trust=trust, workers=threads)
+        units = store.load(step, trust=trust, workers=threads, preload=preload)
         loaded = load_weights(checkpoint, plan, store.dtype, device, workers=threads, progress=None)
         runner = Runner(checkpoint.config, step, units, loaded, device)
         engine = Engine(runner, max_context or step.max_context)

@@ -170,8 +170,8 @@ class ModeStore:
         current = store.full_identity(self.identity(step), Target.of(self.device), {})
         store.check_identity(self.folder, manifest, current, hint=self.hint)
 
-    def load(self, step: StepConfig, *, trust: bool, workers: int) -> dict[str, Executable]:
-        """Loads every unit of the mode; compiles nothing.
+    def load(self, step: StepConfig, *, trust: bool, workers: int, preload: bool) -> dict[str, Executable]:
+        """Loads every unit of the mode; compiles nothing. Without `preload` a unit is opened by its first call.
 
         Raises:
             ExecutableError: the store is missing, incomplete or damaged.
@@ -187,6 +187,7 @@ class ModeStore:
             trust=trust,
             workers=workers,
             hint=self.hint,
+            preload=preload,
         )
 
 

@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from aot_cache import payload
 from aot_cache.manifest import MANIFEST
 from aot_cache.store import full_identity, verify
 from aot_cache.target import Target
@@ -44,6 +46,27 @@ def test_loads_and_computes(checkpoint):
         total, counts = executables[f"step.d{rows}.p0.greedy"](*arguments(jax.devices()[0], rows))
         np.testing.assert_array_equal(total, np.full((rows, 32), 96))
         np.testing.assert_array_equal(counts, np.ones(64))
+
+
+def test_unopened_until_called(checkpoint, monkeypatch):
+    opened = []
+    real = payload.from_bytes
+    monkeypatch.setattr(payload, "from_bytes", lambda *a, **k: opened.append(k["source"]) or real(*a, **k))
+    executable = checkpoint.load(preload=False)["step.d2.p0.greedy"]
+    assert not opened
+    for _ in range(2):
+        total, _ = executable(*arguments(jax.devices()[0]))
+        np.testing.assert_array_equal(total, np.full((2, 32), 96))
+    assert [Path(source).name for source in opened] == ["step.d2.p0.greedy.xla"]
+
+
+def test_damage_is_found_before_opening(checkpoint):
+    blob = checkpoint.folder / "step.d2.p0.greedy.xla"
+    content = bytearray(blob.read_bytes())
+    content[len(content) // 2] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(ExecutableError, match="damaged"):
+        checkpoint.load(preload=False)
 
 
 def test_donation_is_kept(checkpoint):

@@ -108,7 +108,7 @@ def compile_tiny(folder: Path, name: str, mode: str, dtype: ComputeDtype) -> Com
     store = ModeStore(checkpoint, plan, dtype, device)
     with exclusive(folder / f"{name}.{mode}.{dtype}.lock"):
         store.compile(step, workers=2, progress=lambda *_: None)
-    units = store.load(step, trust=False, workers=2)
+    units = store.load(step, trust=False, workers=2, preload=False)
     weights = load_weights(checkpoint, plan, dtype, device, workers=2, progress=None)
     return CompiledTiny(checkpoint, plan, step, units, weights)
 
