@@ -149,21 +149,11 @@ def pack(bucket: Bucket, config: StepConfig, generating: Sequence[Track], prompt
     outputs: list[Track] = []
     out_at: list[int] = []
 
-    def slots(track: Track, start: int, stop: int) -> np.ndarray:
-        places = np.arange(start, stop)
-        pages = np.asarray(track.pages, np.int32)
-        return pages[places // config.page_size] * config.page_size + places % config.page_size
-
-    def take(track: Track, stop: int) -> None:
-        block_table[track.row, : len(track.pages)] = track.pages
-        context_length[track.row] = stop
-        track.computed = stop
-
     for at, track in enumerate(generating[:d]):
         row[at] = track.row
-        slot[at] = slots(track, track.computed, track.computed + 1)[0]
+        slot[at] = _slots(track, track.computed, 1, config.page_size)[0]
         out_index[at] = at
-        take(track, track.computed + 1)
+        _advance(track, 1, block_table, context_length)
         track.dispatched += 1
         outputs.append(track)
         out_at.append(at)
@@ -181,8 +171,8 @@ def pack(bucket: Bucket, config: StepConfig, generating: Sequence[Track], prompt
         token[here] = track.tokens[chunk.start : chunk.start + count]
         position[here] = np.arange(chunk.start, chunk.start + count)
         row[d + filled : d + filled + count] = track.row
-        slot[d + filled : d + filled + count] = slots(track, chunk.start, chunk.start + count)
-        take(track, chunk.start + count)
+        slot[d + filled : d + filled + count] = _slots(track, chunk.start, count, config.page_size)
+        _advance(track, count, block_table, context_length)
         filled += count
         chunks.append(chunk)
         if last and wants_output:
@@ -194,3 +184,16 @@ def pack(bucket: Bucket, config: StepConfig, generating: Sequence[Track], prompt
             ends -= 1
     inputs = StepInputs(token, position, row, slot, block_table, context_length, out_index)
     return Packed(bucket, inputs, tuple(outputs), tuple(out_at), tuple(chunks))
+
+
+def _slots(track: Track, start: int, count: int, page_size: int) -> np.ndarray:
+    """Where positions [start, start + count) of a track lie in the KV cache."""
+    places = np.arange(start, start + count)
+    pages = np.asarray(track.pages, np.int32)
+    return pages[places // page_size] * page_size + places % page_size
+
+
+def _advance(track: Track, count: int, block_table: np.ndarray, context_length: np.ndarray) -> None:
+    track.computed += count
+    block_table[track.row, : len(track.pages)] = track.pages
+    context_length[track.row] = track.computed
