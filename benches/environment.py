@@ -18,13 +18,26 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a mark if the tree had other changes than results."""
+    """The commit measured, with a mark if the tree had other changes than results; none outside a repository."""
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return "unknown: not run in a repository"
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/results")
     return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that are installed: this one need not be, where its folder is on the path."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return installed
 
 
 def environment() -> dict[str, Any]:
@@ -36,7 +49,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "platform": device.platform,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": versions(),
         "commit": commit(),
     }
 
