@@ -3,8 +3,9 @@
 Method. The source is a sharded bfloat16 Hugging Face folder with as many layers as reach --gigabytes. Its files are
 dropped from the page cache (posix_fadvise) before the timed conversion. A conversion runs in a fresh process; seconds
 are its wall time from the call of `convert` to its return, everything flushed to the disk, without the start of Python;
-MB/s are bytes of the source's weight files / seconds / 1e6; peak RSS is what the kernel counted for that process
-(ru_maxrss), and includes Python, JAX and Orbax.
+MB/s are bytes of the source's weight files / seconds / 1e6; CPU seconds include Python's start; peak RSS is what the
+kernel counted for that process (ru_maxrss), and includes Python, JAX and Orbax. The load average before says whether
+the machine was idle: the work of others shows in the rate.
 
 Then the conversion starts anew and is killed (SIGKILL) after random delays, ten times, each time continued by the same
 call; a run that ends before its kill counts as none and starts anew. The result must have an elastic.json equal to the
@@ -18,7 +19,6 @@ It does not measure the Hub, GGUF, or compressed sources. It needs 2.5 times --g
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from environment import report
 
 from converters import convert
 from converters.conversion import tool_versions
@@ -38,7 +39,7 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 
 KILLS = 10
-RSS_LIMIT, RATE_LIMIT = 6 * 2**30, 150e6
+RSS_LIMIT_GIB, RATE_LIMIT_MB = 6, 150
 SHARD_BYTES = 3 << 30
 
 
@@ -150,10 +151,17 @@ def drop_from_page_cache(folder: Path) -> None:
 
 def run_child(source: Path, destination: Path, workers: int) -> None:
     """The measured process."""
-    start = time.perf_counter()
+    load_average, start = os.getloadavg()[0], time.perf_counter()
     convert(source, destination, only=None, overwrite=False, revision=None, token=None, workers=workers, progress=None)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    measured = {
+        "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss": usage.ru_maxrss * 1024,
+        "load_average": load_average,
+    }
+    print(json.dumps(measured))
 
 
 def start_child(arguments: argparse.Namespace, source: Path, destination: Path) -> subprocess.Popen:
@@ -191,16 +199,6 @@ def killed_conversion(arguments: argparse.Namespace, source: Path, destination: 
     return delays
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return git.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=12.0)
@@ -228,34 +226,29 @@ def main() -> None:
     shutil.rmtree(second)
     shutil.rmtree(source)
     rate = source_bytes / timed["seconds"]
-    passed = timed["peak_rss"] < RSS_LIMIT and rate >= RATE_LIMIT and identical and not problems and not leftovers
-    result = {
-        "bench": "convert",
-        "source_bytes": source_bytes,
-        "written_bytes": written,
-        "seconds": round(timed["seconds"], 2),
-        "input_mb_per_s": round(rate / 1e6, 1),
-        "peak_rss_gib": round(timed["peak_rss"] / 2**30, 3),
-        "workers": arguments.workers,
-        "kill_delays_s": delays,
-        "identical_after_kills": identical,
-        "problems_after_kills": problems,
-        "passed": passed,
-        "device": f"{processor()}, {os.cpu_count()} cores",
-        "versions": tool_versions(),
-        "commit": commit(),
+    row = {
+        "source_gb": source_bytes / 1e9,
+        "written_gb": written / 1e9,
+        "seconds": timed["seconds"],
+        "cpu_seconds": timed["cpu_seconds"],
+        "input_mb_per_s": rate / 1e6,
+        "peak_rss_gib": timed["peak_rss"] / 2**30,
+        "kills": len(delays),
+        "identical": identical and not problems and not leftovers,
     }
-    print(f"{'source':<28}{source_bytes / 1e9:10.2f} GB")
-    print(f"{'written':<28}{written / 1e9:10.2f} GB")
-    print(f"{'time':<28}{timed['seconds']:10.1f} s")
-    print(f"{'input rate':<28}{rate / 1e6:10.1f} MB/s   (at least {RATE_LIMIT / 1e6:.0f})")
-    print(f"{'peak RSS':<28}{timed['peak_rss'] / 2**30:10.2f} GiB    (below {RSS_LIMIT / 2**30:.0f})")
-    print(f"{'killed and continued':<28}{len(delays):10} times")
-    print(f"{'identical files':<28}{identical and not problems!s:>10}")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    passed = row["peak_rss_gib"] < RSS_LIMIT_GIB and row["input_mb_per_s"] >= RATE_LIMIT_MB and row["identical"]
+    facts = {
+        "bench": "convert",
+        "limits": {"peak_rss_gib": RSS_LIMIT_GIB, "input_mb_per_s": RATE_LIMIT_MB},
+        "passed": passed,
+        "workers": arguments.workers,
+        "seed": arguments.seed,
+        "load_average_before": timed["load_average"],
+        "kill_delays_s": delays,
+        "problems": problems,
+        "tools": tool_versions(),
+    }
+    report([row], facts, arguments.out)
     sys.exit(0 if passed else 1)
 
 
