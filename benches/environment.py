@@ -19,14 +19,16 @@ def processor() -> str:
 
 def commit() -> str:
     """The commit measured, with a mark if the tree had other changes than results; none outside a repository."""
-    if not (Path(__file__).parents[1] / ".git").exists():
-        return "unknown: not run in a repository"
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
+    try:
+        head = git("rev-parse", "HEAD")
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return "unknown: not run in a repository"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/results")
-    return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    return head + ("+changes" if changed else "")
 
 
 def versions() -> dict[str, str]:
