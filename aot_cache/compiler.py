@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 from jax._src import config as jax_config  # the thread-local form of the option below has no public name
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from aot_cache import payload
 from aot_cache.identity import CompilerOptions
 from aot_cache.manifest import MANIFEST, Identity, Manifest, Memory, UnitRecord, blob_path, read_manifest
 from aot_cache.mismatch import differences
+from aot_cache.process import storable_executables
 from aot_cache.store import full_identity, verify
 from aot_cache.target import Device, Target
 from aot_cache.unit import Unit
@@ -90,7 +90,7 @@ def compile_units(
     if existing is not None:
         return existing
     _make_folder(folder.parent)
-    with _partial_folder(folder) as partial, _without_persistent_cache():
+    with _partial_folder(folder) as partial, storable_executables():
         records = _compile_all(units, partial, device, options, workers, progress)
         manifest = Manifest(full_identity(identity, Target.of(device), options), records)
         _write(partial / MANIFEST, manifest.to_bytes())
@@ -142,8 +142,9 @@ def _compile(unit: Unit, device: Device, options: CompilerOptions) -> tuple[byte
     here = SingleDeviceSharding(device)
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here) for a in unit.arguments]
     try:
-        # Without frames no path of this machine enters the executable. The option is thread-local, as it should be.
-        with jax_config.traceback_in_locations_limit(0):
+        # Without frames no path of this machine enters the executable. Kernels ask the default device what they are
+        # lowered for. Both are thread-local, as they should be.
+        with jax_config.traceback_in_locations_limit(0), jax.default_device(device):
             traced = jax.jit(function, donate_argnums=unit.donate, keep_unused=True).trace(*arguments)
             _check_constants(unit.name, traced.jaxpr.consts)
             lowered = traced.lower()
@@ -177,32 +178,6 @@ def _memory(compiled: jax.stages.Compiled, name: str) -> Memory:
         temporaries=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
     )
-
-
-_cache_lock = threading.Lock()
-_cache_users = 0
-_cache_enabled = True
-
-
-@contextlib.contextmanager
-def _without_persistent_cache() -> Iterator[None]:
-    # An executable that came out of JAX's persistent cache may not serialize again. Whether the cache is used is
-    # decided once a process, whatever the thread, so it is switched off for all and the decision is forgotten.
-    global _cache_users, _cache_enabled
-    with _cache_lock:
-        if _cache_users == 0:
-            _cache_enabled = jax.config.jax_enable_compilation_cache
-            jax.config.update("jax_enable_compilation_cache", False)
-            compilation_cache.reset_cache()
-        _cache_users += 1
-    try:
-        yield
-    finally:
-        with _cache_lock:
-            _cache_users -= 1
-            if _cache_users == 0:
-                jax.config.update("jax_enable_compilation_cache", _cache_enabled)
-                compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

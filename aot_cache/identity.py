@@ -17,7 +17,7 @@ from elastic_jax.errors import ExecutableError
 
 type CompilerOptions = Mapping[str, bool | int | float | str]
 
-_PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-cuda12-plugin", "jax-cuda12-pjrt")
+_PLUGINS = ("jax-cuda{}-plugin", "jax-cuda{}-pjrt")
 _FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _WITHOUT_EFFECT = re.compile(r"--xla_(force_host_platform_device_count|dump_\w+|gpu_cuda_data_dir)(=|$)")
 _JAX_OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable")
@@ -64,8 +64,9 @@ def source_digest(files: Iterable[Path], *, relative_to: Path) -> str:
 def _plugin_versions(target: Target) -> dict[str, str]:
     if target.platform == "cpu":
         return {}
+    major = str(target.facts["cuda"]).split(".")[0]
     versions = {}
-    for name in _PLUGINS:
+    for name in (plugin.format(major) for plugin in _PLUGINS):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -10,8 +10,8 @@ _MEANING = {
     "compiler_options": "XLA was given other options",
     "compute_capability": "the GPU is of another generation",
     "config_hash": "the model's shape is another",
-    "cuda": "another CUDA version is installed",
-    "cudnn": "another cuDNN version is installed",
+    "cuda": "the CUDA installed is older, or of another major version",
+    "cudnn": "the cuDNN installed is older, or of another major version",
     "device_kind": "the device is of another kind",
     "dtype": "the compute type is another",
     "format": "the layout of stored executables has changed",
@@ -31,21 +31,38 @@ _MEANING = {
 }
 """What a difference in a well-known key means; others are named without a sentence."""
 
+_AT_LEAST = frozenset({"cuda", "cudnn"})
+"""Versions that may be newer than those compiled for, within a major version: NVIDIA's libraries promise that much, and
+XLA checks the same at load."""
+
 _ABSENT = object()
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line for each key whose values differ, with both values; empty if all are equal.
+    """One line for each key whose values do not fit, with both values; empty if all do.
 
-    Values are compared as JSON, so a tuple equals the list it was stored as.
+    Values fit if they are equal as JSON, so a tuple fits the list it was stored as; versions of CUDA and cuDNN also if
+    the current one is newer.
     """
     lines = []
     for key in sorted(stored.keys() | current.keys()):
         before, now = stored.get(key, _ABSENT), current.get(key, _ABSENT)
-        if before is _ABSENT or now is _ABSENT or _canonical(before) != _canonical(now):
+        if before is _ABSENT or now is _ABSENT or not _fits(key, before, now):
             meaning = f" ({_MEANING[key]})" if key in _MEANING else ""
             lines.append(f"{key}: {_contrast(before, now)}{meaning}")
     return lines
+
+
+def _fits(key: str, before: Any, now: Any) -> bool:
+    if key in _AT_LEAST and (least := _version(before)) and (found := _version(now)):
+        return least[0] == found[0] and least <= found
+    return _canonical(before) == _canonical(now)
+
+
+def _version(value: Any) -> tuple[int, ...]:
+    """The numbers of a version such as `9.12.0`; none if it is not one."""
+    parts = value.split(".") if isinstance(value, str) else []
+    return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else ()
 
 
 def _canonical(value: Any) -> str:

@@ -62,7 +62,7 @@ def to_bytes(compiled: jax.stages.Compiled, *, name: str) -> bytes:
         raise ExecutableError(f"unit {name} spans {len(unloaded.device_list)} devices: only one is implemented")
     arguments = jax.tree.leaves(compiled.args_info)
     buffer = io.BytesIO()
-    _Pickler(buffer, name).dump((_without_source(unloaded, name), arguments))
+    _Pickler(buffer, name, unloaded.device_list[0].id).dump((_without_source(unloaded, name), arguments))
     return buffer.getvalue()
 
 
@@ -96,9 +96,10 @@ def _without_source(unloaded: pxla.UnloadedMeshExecutable, name: str) -> pxla.Un
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, buffer: io.BytesIO, name: str) -> None:
+    def __init__(self, buffer: io.BytesIO, name: str, compiled_on: int) -> None:
         super().__init__(buffer, protocol=5)
         self._name = name
+        self._compiled_on = compiled_on
 
     def reducer_override(self, obj: Any) -> Any:
         # Better refused here than after the compilation, when it is loaded.
@@ -111,8 +112,9 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, obj: Any) -> tuple[Any, ...] | None:
         if isinstance(obj, xla_client.LoadedExecutable):
-            (device,) = obj.local_devices()
-            return _EXECUTABLE, device.id, obj.serialize()
+            return _EXECUTABLE, self._compiled_on, obj.serialize()
+        if isinstance(obj, xla_client.Executable):  # compiled for an absent device
+            return _EXECUTABLE, self._compiled_on, obj.serialize()
         if isinstance(obj, xla_client.Device):
             return (_DEVICE,)
         if isinstance(obj, xla_client.Client):

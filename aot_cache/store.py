@@ -91,16 +91,14 @@ def load(
         hint: a sentence that says how to compile, ending the messages.
         preload: hand all machine code to XLA now. Otherwise each unit's waits in memory, verified, for its first call:
             a short-lived process needs few of them, and on CPU opening one takes most of a second.
-        compiler_options: the XLA options that would be given now.
+        compiler_options: the XLA options it must have been compiled with; None for any.
 
     Raises:
         ExecutableError: the store or a unit is missing, incomplete or damaged.
         MismatchError: it was made for something else; the message lists every difference.
         TrustError: somebody else may have written it, and `trust` is False.
     """
-    manifest = read_manifest(folder, hint=hint)
-    current = full_identity(identity, Target.of(device), compiler_options or {})
-    check_identity(folder, manifest, current, hint=hint)
+    manifest = check(folder, identity, device, hint=hint, compiler_options=compiler_options)
     records = _wanted(folder, manifest, units, hint=hint)
     paths = {name: blob_path(folder, name) for name in records}
     for name, record in records.items():
@@ -118,6 +116,26 @@ def load(
 
     with ThreadPoolExecutor(workers, thread_name_prefix="aot-load") as pool:
         return dict(zip(records, pool.map(load_one, records), strict=True))
+
+
+def check(
+    folder: Path, identity: Identity, device: Device, *, hint: str, compiler_options: CompilerOptions | None = None
+) -> Manifest:
+    """Checks that a store was made for what is here; its executables are not looked at. The arguments are `load`'s.
+
+    XLA options decide how fast an executable is, not where it runs: those compiled without the device have other
+    options than those tuned on it, and both serve.
+
+    Raises:
+        ExecutableError: there is no readable store.
+        MismatchError: it was made for something else; the message lists every difference.
+    """
+    manifest = read_manifest(folder, hint=hint)
+    current = full_identity(identity, Target.of(device), compiler_options or {})
+    if compiler_options is None:
+        current["compiler_options"] = manifest.identity.get("compiler_options", {})
+    check_identity(folder, manifest, current, hint=hint)
+    return manifest
 
 
 def verify(folder: Path, *, identity: Identity | None = None) -> list[str]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jax.experimental import topologies
+from jaxlib import xla_client
 
+from aot_cache import target_config
 from elastic_jax.errors import ExecutableError
 
 _FEATURES = re.compile(rb"[+-][a-z0-9_.-]+(?:,[+-][a-z0-9_.-]+)+")
@@ -32,13 +34,13 @@ class Device(Protocol):
 class Target:
     """A kind of device that executables are compiled for.
 
-    Construction only records: `of` asks a device, and a description of an absent device can be given instead.
+    Construction only records: `of` asks a device, `described` reads XLA's description of one that may be absent.
 
     Attributes:
         platform: JAX's name, `cpu` or `gpu`.
         device_kind: e.g. `NVIDIA H200`.
-        facts: what else must be equal, JSON values by name. CPU: `architecture` and `processor_features`. GPU:
-            `compute_capability`, `cuda`, `cudnn`.
+        facts: what else must fit, JSON values by name. CPU: `architecture` and `processor_features`. GPU:
+            `compute_capability`, and the versions `cuda` and `cudnn`, which may be newer at load.
     """
 
     platform: str
@@ -52,8 +54,22 @@ class Target:
         Raises:
             ExecutableError: the device does not say what machine code it runs.
         """
-        facts = _processor_facts(device) if device.platform == "cpu" else _gpu_facts(device)
-        return cls(device.platform, device.device_kind, facts)
+        if device.platform == "cpu":
+            return cls("cpu", device.device_kind, _processor_facts(device))
+        if device.platform != "gpu":
+            raise ExecutableError(f"{device} is of platform {device.platform}: only cpu and gpu are known")
+        config = xla_client.get_topology_for_devices([device]).target_config
+        return cls("gpu", device.device_kind, target_config.facts(config, source=str(device)))
+
+    @classmethod
+    def described(cls, config: str, *, source: str) -> "Target":
+        """The target that XLA's description of a GPU is of (`aot_cache.target_config`); `source` is named in errors.
+
+        Raises:
+            ExecutableError: the description does not say enough.
+        """
+        kind = target_config.device_kind(config, source=source)
+        return cls("gpu", kind, target_config.facts(config, source=source))
 
     @property
     def folder(self) -> str:
@@ -84,16 +100,3 @@ def _processor_facts(device: Device) -> dict[str, Any]:
         )
     enabled = sorted(feature[1:] for feature in features.decode().split(",") if feature.startswith("+"))
     return {"architecture": triple.group().decode(), "processor_features": enabled}
-
-
-def _gpu_facts(device: Device) -> dict[str, Any]:
-    from jax._src.lib import cuda_versions  # absent from the CPU-only installation
-
-    if cuda_versions is None:
-        raise ExecutableError(f"{device} is a GPU, but JAX has no CUDA plugin: install elastic-jax[cuda13] or [cuda12]")
-    cuda, cudnn = cuda_versions.cuda_runtime_get_version(), cuda_versions.cudnn_get_version()
-    return {
-        "compute_capability": str(device.compute_capability),
-        "cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
-        "cudnn": str(cudnn),
-    }

@@ -133,16 +133,20 @@ def compile_modes(
     dtype: DtypeOption = "bfloat16",
     kv_slots: Annotated[int | None, typer.Option(min=1, help="Tokens of the KV pool, all sequences together.")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a sequence, in tokens.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="A GPU that need not be here: a name of `targets`, or a file of `dump-target`."),
+    ] = None,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compile modes for this machine's device and store the executables in the checkpoint."""
+    """Compile modes for this machine's device, or for a described one, and store the executables in the checkpoint."""
     from elastic_jax.checkpoint import Checkpoint
-    from elastic_jax.device import default_device
+    from elastic_jax.device import device_to_compile_for
     from elastic_jax.executables import ModeStore, default_step_config
 
     opened = Checkpoint.open(checkpoint)
-    device = default_device()
+    device, options = device_to_compile_for(target)
     step = default_step_config(opened.config, device.platform, dtype, kv_slots=kv_slots, max_context=max_context)
     results = []
     plans = [opened.plan(name) for name in mode] if mode else _stored_plans(opened)
@@ -153,7 +157,7 @@ def compile_modes(
             if seconds is not None:
                 _note(f"{mode}  {done:3d}/{total}  {name:28s} {seconds:6.1f} s", as_json)
 
-        manifest = store.compile(step, workers=_workers(workers), progress=progress)
+        manifest = store.compile(step, workers=_workers(workers), progress=progress, compiler_options=options)
         records = manifest.units.values()
         results.append(
             {
@@ -180,6 +184,30 @@ def _stored_plans(checkpoint: Any) -> list[Any]:
 def _compiled(result: dict[str, Any]) -> str:
     size = result["bytes"] / 1e6
     return f"{result['mode']}: {result['units']} executables, {size:.1f} MB, in {result['folder']}"
+
+
+@app.command("targets")
+def list_targets(as_json: JsonOption = False) -> None:
+    """List the GPUs that `compile --target` knows; none of them need be here."""
+    from aot_cache.targets import names
+
+    known = names()
+    _print(known, as_json, lambda: "\n".join(f"{name:12s} {title}" for name, title in known.items()))
+
+
+@app.command("dump-target")
+def dump_target(
+    out: Annotated[Path | None, typer.Option(help="The file to write; standard output if none.")] = None,
+) -> None:
+    """Describe the GPU at hand, so that `compile --target FILE` can compile for it elsewhere."""
+    from aot_cache.targets import Description
+    from elastic_jax.device import default_device
+
+    text = json.dumps(Description.of(default_device()).to_json(), indent=1)
+    if out is None:
+        typer.echo(text)
+    else:
+        out.write_text(text + "\n")
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Which device is used when none is named."""
+"""Which device is used when none is named, and which is compiled for."""
 
 import jax
 
+from aot_cache.identity import CompilerOptions
 from aot_cache.target import Device
 from elastic_jax.errors import ConfigError
 
@@ -16,3 +17,24 @@ def default_device() -> Device:
         return jax.devices()[0]
     except RuntimeError as error:
         raise ConfigError(f"JAX finds no device: {error}") from None
+
+
+def device_to_compile_for(target: str | None) -> tuple[Device, CompilerOptions]:
+    """A device that need not be there, and the XLA options that make up for that.
+
+    Call it before anything else looks for devices: for an absent device it makes JAX use the CPU in this process.
+
+    Args:
+        target: a name or file for `aot_cache.targets.find`; None for the device at hand, where XLA tunes by itself.
+
+    Raises:
+        ConfigError: JAX cannot use the platform that it was told to use.
+        ExecutableError: there is no such target, or what compiling for it needs is not installed.
+    """
+    if target is None:
+        return default_device(), {}
+    from aot_cache import targets
+
+    description = targets.find(target)
+    jax.config.update("jax_platforms", "cpu")
+    return targets.absent_device(description), description.compiler_options

@@ -7,6 +7,7 @@ from typing import Any
 
 from aot_cache import compiler, store
 from aot_cache.compiler import Progress
+from aot_cache.identity import CompilerOptions
 from aot_cache.manifest import Manifest, Memory, read_manifest
 from aot_cache.store import Executable
 from aot_cache.target import Device, Target
@@ -143,8 +144,17 @@ class ModeStore:
         """What each stored unit needs, by name."""
         return {name: record.memory for name, record in read_manifest(self.folder, hint=self.hint).units.items()}
 
-    def compile(self, step: StepConfig, *, workers: int, progress: Progress) -> Manifest:
+    def compile(
+        self,
+        step: StepConfig,
+        *,
+        workers: int,
+        progress: Progress,
+        compiler_options: CompilerOptions | None = None,
+    ) -> Manifest:
         """Compiles every unit of the mode and stores it; an equal, undamaged store is kept.
+
+        The device need not be there (`aot_cache.targets.absent_device`); `compiler_options` are XLA's.
 
         Raises:
             ExecutableError: a unit cannot be compiled, or the store cannot be written.
@@ -152,7 +162,13 @@ class ModeStore:
         units = make_units(self.checkpoint.config, self.plan, step)
         try:
             return compiler.compile_units(
-                units, self.folder, self.identity(step), self.device, workers=workers, progress=progress
+                units,
+                self.folder,
+                self.identity(step),
+                self.device,
+                workers=workers,
+                progress=progress,
+                compiler_options=compiler_options,
             )
         except OSError as error:
             raise ExecutableError(
@@ -166,9 +182,7 @@ class ModeStore:
             ExecutableError: it is missing or incomplete.
             MismatchError: it was made for something else.
         """
-        manifest = read_manifest(self.folder, hint=self.hint)
-        current = store.full_identity(self.identity(step), Target.of(self.device), {})
-        store.check_identity(self.folder, manifest, current, hint=self.hint)
+        store.check(self.folder, self.identity(step), self.device, hint=self.hint)
 
     def load(self, step: StepConfig, *, trust: bool, workers: int, preload: bool) -> dict[str, Executable]:
         """Loads every unit of the mode; compiles nothing. Without `preload` a unit is opened by its first call.
