@@ -9,7 +9,7 @@ from elastic_jax.errors import RequestError
 from elastic_jax.requests import is_integer
 from elastic_jax.tokenizer import Tokenizer
 
-type Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+type Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
 """A text, token ids, or the messages of a chat."""
 
 
