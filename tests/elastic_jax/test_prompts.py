@@ -61,6 +61,7 @@ def test_what_is_no_prompt_is_refused(prompts: Any, message: str) -> None:
         list_prompts(prompts)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_every_kind_becomes_token_ids(tokenizer: Tokenizer) -> None:
     assert prompt_tokens("Hello", tokenizer) == tuple(tokenizer.encode("Hello", add_special_tokens=True))
     assert prompt_tokens(CHAT, tokenizer) == tuple(tokenizer.apply_chat_template(CHAT, add_generation_prompt=True))
