@@ -1,0 +1,122 @@
+"""The 24-billion-parameter shape, without a single weight."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import MISTRAL_SMALL
+
+from elastic_jax.executables import default_step_config
+from elastic_jax.groups import model_groups
+from elastic_jax.plan import MODES, provisional_plans
+from elastic_jax.quantization import QArray
+from elastic_jax.step import Bucket, abstract_state
+from elastic_jax.units import make_units, step_name
+from elastic_jax.weights import abstract_weights, weight_bytes
+
+VOCAB, HIDDEN, LAYERS = 131072, 5120, 40
+PLANS = provisional_plans(MISTRAL_SMALL)
+STEP = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=None, max_context=None)
+
+
+@functools.cache
+def units(mode):
+    return {unit.name: unit for unit in make_units(MISTRAL_SMALL, PLANS[mode], STEP)}
+
+
+def weights(mode):
+    return abstract_weights(MISTRAL_SMALL, PLANS[mode], "bfloat16")
+
+
+def test_parameters():
+    assert len(model_groups(MISTRAL_SMALL)) == 161
+    # Mistral-Small-3.1's language model: 23.57 billion.
+    assert sum(leaf.size for leaf in jax.tree.leaves(weights("XL"))) == 23_572_403_200
+
+
+@pytest.mark.parametrize(
+    ("mode", "gigabytes"),
+    [("XL", 47.14), ("L", 24.25), ("M", 24.25), ("S", 24.25)],
+)
+def test_bytes_of_each_mode(mode, gigabytes):
+    assert math.isclose(weight_bytes(weights(mode)) / 1e9, gigabytes, abs_tol=0.01)
+
+
+def test_bytes_read_for_a_token():
+    # All but the embedding, of which a token reads one row.
+    embedding = 2 * VOCAB * HIDDEN
+    assert math.isclose((weight_bytes(weights("XL")) - embedding) / 1e9, 45.8, abs_tol=0.05)
+    assert math.isclose((weight_bytes(weights("S")) - embedding) / 1e9, 22.9, abs_tol=0.05)
+
+
+def test_integer_weights_are_one_byte_and_a_scale_a_row():
+    integer = weights("S")
+    for name, group in model_groups(MISTRAL_SMALL).items():
+        q = integer[name]
+        assert isinstance(q, QArray)
+        assert (q.values.dtype, q.scales.dtype) == (jnp.int8, jnp.float32)
+        assert (q.values.size, q.scales.size) == (group.parameters, group.out_size)
+
+
+def test_cache():
+    kv = abstract_state(MISTRAL_SMALL, STEP).kv
+    assert len(kv) == LAYERS
+    assert sum(layer.size * 2 for layer in kv) / STEP.kv_slots == 160 * 1024  # bytes a token in bf16
+
+
+@pytest.mark.parametrize(("mode", "count"), [("XL", 296), ("S", 457)])
+def test_arguments_of_a_step(mode, count):
+    # Weights: embedding, 81 norms and 161 groups, with a scale each where they are integers. Then caches, row state,
+    # inputs and the switch; sampling adds its parameters.
+    groups = 161 if mode == "XL" else 2 * 161
+    assert count == 1 + 81 + groups + LAYERS + 5 + 7 + 1
+    assert len(units(mode)["step.d1.p0.greedy"].arguments) == count
+    assert len(units(mode)["step.d1.p0.sampling"].arguments) == count + 11
+
+
+def test_units_of_the_gpu_buckets():
+    names = set(units("S"))
+    assert len(STEP.buckets) == 12
+    expected = {step_name(b, v) for b in STEP.buckets for v in ("greedy", "sampling")}
+    expected |= {step_name(b, "score") for b in STEP.buckets if not b.generated}
+    assert names == expected | {"admit", "copy_page", "start"}
+
+
+TRACED = [
+    ("XL", Bucket(1, 0), "greedy"),
+    ("XL", Bucket(64, 1024), "sampling"),
+    ("S", Bucket(1, 0), "sampling"),
+    ("S", Bucket(64, 0), "greedy"),
+    ("S", Bucket(64, 1024), "greedy"),
+    ("S", Bucket(0, 4096), "score"),
+    ("M", Bucket(16, 0), "greedy"),
+    ("L", Bucket(0, 256), "greedy"),
+]
+
+
+@pytest.mark.parametrize(("mode", "bucket", "variant"), TRACED)
+def test_steps_trace(mode, bucket, variant):
+    unit = units(mode)[step_name(bucket, variant)]
+    out = jax.eval_shape(unit.function, *unit.arguments)
+    state = [unit.arguments[number] for number in unit.donate]
+    # What is donated comes back first, in the same order: so its buffers are taken over.
+    assert [(x.shape, x.dtype) for x in out[: len(state)]] == [(x.shape, x.dtype) for x in state]
+    rest = [(x.shape, x.dtype.name) for x in out[len(state) :]]
+    rows = bucket.prompt if variant == "score" else bucket.outputs(STEP.rows)
+    top = [((rows, 20), "int32"), ((rows, 20), "float32"), ((rows,), "bool")]
+    if variant == "score":
+        assert rest == [((rows,), "float32"), ((rows,), "int32"), *top]
+    else:
+        assert rest == [((rows,), "int32"), ((rows,), "float32"), *top, ((rows, VOCAB), "float32")]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["admit", "copy_page", "start"])
+def test_auxiliary_units_trace(mode, name):
+    unit = units(mode)[name]
+    state = jax.tree.leaves(abstract_state(MISTRAL_SMALL, STEP))
+    donated = state if name == "start" else [unit.arguments[number] for number in unit.donate]
+    out = jax.eval_shape(unit.function, *unit.arguments)
+    assert [(x.shape, x.dtype) for x in out] == [(x.shape, x.dtype) for x in donated]
