@@ -4,6 +4,8 @@ Its interface and mathematics are `attention_xla`'s. It differs in this: product
 but the softmax's weights are rounded to bf16 before they multiply the values, as FlashAttention does.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
@@ -45,6 +47,8 @@ def attention(
     return run(query, kv, batch, generated, prompt, interpret=False)
 
 
+# Jitted, so that a model's layers trace and lower the kernels once.
+@functools.partial(jax.jit, static_argnames=("generated", "prompt", "interpret"))
 def run(
     query: Float[Array, "tokens heads dim"],
     kv: Float[Array, "slots 2 kv_heads dim"],
@@ -84,7 +88,7 @@ def choose_tiles(capability: int, query: Array, kv: Array, batch: TokenBatch) ->
     rows = (query.shape[0] - batch.generated) * kv.shape[2] * power_of_two(query.shape[1] // kv.shape[2])
     # Two waves of a device: with fewer tiles, smaller ones use more of it.
     large = rows >= 128 * 256 and capability >= 90
-    prompt = PromptTiles(128, block, 8, stages) if large else PromptTiles(64, block, 4, stages)
+    prompt = PromptTiles(128, block, 4, stages) if large else PromptTiles(64, block, 4, stages)
     return GeneratedTiles(block, 512, 4, stages), prompt
 
 

@@ -6,6 +6,7 @@ the longest one allowed. Each piece gives a partial softmax; a second, small ker
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from elastic_jax.batch import TokenBatch
 from elastic_jax.kernels.attention_pallas_blocks import (
     KEYS,
+    MASKED,
     VALUES,
     attend,
     block_slots,
@@ -72,7 +74,7 @@ def attend_generated(
     most = power_of_two(-(-tiles.programs // kv_heads))
     work, first, count = _split_contexts(batch, tiles.block, most)
     partial = pallas.pallas_call(
-        lambda *refs: _attend_kernel(*refs, heads=heads, block=tiles.block, page_size=batch.page_size),
+        functools.partial(attention_generated, heads=heads, block=tiles.block, page_size=batch.page_size),
         grid=(work.shape[0], kv_heads),
         out_shape=(
             jax.ShapeDtypeStruct((work.shape[0], heads), jnp.float32),
@@ -81,17 +83,17 @@ def attend_generated(
         ),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="attention_generated",
     )(query, kv, batch.block_table, work)
     operands = (first, count, *partial)
+    # What a token has if contexts are alike.
+    tile = max(most // power_of_two(batch.generated), min(most, 8))
     return pallas.pallas_call(
-        lambda *refs: _combine_kernel(*refs, most=most),
+        functools.partial(attention_generated_combine, most=most, tile=tile),
         grid=(batch.generated, heads),
         out_shape=jax.ShapeDtypeStruct((tokens, heads, dim), jnp.float32),
         input_output_aliases={} if out is None else {len(operands): 0},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name="attention_generated_combine",
     )(*operands, *(() if out is None else (out,)))
 
 
@@ -113,7 +115,7 @@ def _split_contexts(
     return jnp.stack([token, owner, begin, end], axis=1), last_pieces(count) - count, count
 
 
-def _attend_kernel(
+def attention_generated(
     query_ref: Any,
     kv_ref: Any,
     table_ref: Any,
@@ -126,6 +128,7 @@ def _attend_kernel(
     block: int,
     page_size: int,
 ) -> None:
+    """The kernel: one piece of one token's context, for the query heads of one kv head. Profilers show its name."""
     piece, kv_head = pallas.program_id(0), pallas.program_id(1)
     token, row, begin, end = (work_ref[piece, i] for i in range(4))
     group, dim = heads // kv_ref.shape[2], kv_ref.shape[3]
@@ -152,25 +155,35 @@ def _attend_kernel(
     triton.store(out_ref.at[piece, head[:, None], dims[None, :]], out, mask=tile_mask)
 
 
-def _combine_kernel(
-    first_ref: Any, count_ref: Any, largest_ref: Any, total_ref: Any, partial_ref: Any, *refs: Any, most: int
+def attention_generated_combine(
+    first_ref: Any, count_ref: Any, largest_ref: Any, total_ref: Any, partial_ref: Any, *refs: Any, most: int, tile: int
 ) -> None:
+    """The kernel that joins the pieces of one token and one query head. Profilers show its name."""
     # Where the output has an input for its other tokens, that reference comes before it.
     out_ref = refs[-1]
     token, head = pallas.program_id(0), pallas.program_id(1)
-    number = jnp.arange(most, dtype=jnp.int32)
-    live = number < count_ref[token]
-    piece = first_ref[token] + number
+    first, count = first_ref[token], count_ref[token]
     dims = jnp.arange(partial_ref.shape[2], dtype=jnp.int32)
-    largest = triton.load(largest_ref.at[piece, head], mask=live, other=-jnp.inf)
-    total = triton.load(total_ref.at[piece, head], mask=live, other=0.0)
-    partial = triton.load(
-        partial_ref.at[piece[:, None], head, dims[None, :]],
-        mask=jnp.broadcast_to(live[:, None], (most, dims.shape[0])),
-        other=0.0,
-    )
+
+    def read(number: Array) -> tuple[Array, Array]:
+        live = number < count
+        mask = jnp.broadcast_to(live[:, None], (number.shape[0], dims.shape[0]))
+        largest = triton.load(largest_ref.at[first + number, head], mask=live, other=-jnp.inf)
+        at = partial_ref.at[(first + number)[:, None], head, dims[None, :]]
+        return largest, triton.load(at, mask=mask, other=0.0)
+
+    every = jnp.arange(most, dtype=jnp.int32)
+    live = every < count
+    mine = triton.load(largest_ref.at[first + every, head], mask=live, other=-jnp.inf)
+    total = triton.load(total_ref.at[first + every, head], mask=live, other=0.0)
     # A padding token has no piece.
-    weight = jnp.where(live, jnp.exp2(largest - jnp.max(largest, axis=0)), 0.0)
-    divisor = jnp.sum(weight * total, axis=0)
-    out = jnp.sum(weight[:, None] * partial, axis=0) / jnp.where(divisor == 0.0, 1.0, divisor)
-    triton.store(out_ref.at[token, head, dims], out)
+    largest = jnp.maximum(jnp.max(mine, axis=0), MASKED)
+    divisor = jnp.sum(jnp.exp2(mine - largest) * total, axis=0)
+
+    def each_tile(i: Array, out: Array) -> Array:
+        mine, partial = read(i * tile + jnp.arange(tile, dtype=jnp.int32))
+        return out + jnp.sum(jnp.exp2(mine - largest)[:, None] * partial, axis=0)
+
+    tiles = (count + tile - 1) // tile
+    out = jax.lax.fori_loop(jnp.int32(0), tiles, each_tile, jnp.zeros(dims.shape, jnp.float32))
+    triton.store(out_ref.at[token, head, dims], out / jnp.where(divisor == 0.0, 1.0, divisor))

@@ -6,6 +6,7 @@ device: chunks begin anywhere, in the step and in their sequences.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -65,12 +66,11 @@ def attend_prompt(
     tile_tokens = max(tiles.queries // power_of_two(heads // kv_heads), 1)
     work = _cut_chunks(batch, tile_tokens)
     return pallas.pallas_call(
-        lambda *refs: _kernel(*refs, tile_tokens=tile_tokens, block=tiles.block, page_size=batch.page_size),
+        functools.partial(attention_prompt, tile_tokens=tile_tokens, block=tiles.block, page_size=batch.page_size),
         grid=(work.shape[0], kv_heads),
         out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-        name="attention_prompt",
     )(query, kv, batch.block_table, work)
 
 
@@ -96,7 +96,7 @@ def _cut_chunks(batch: TokenBatch, tile_tokens: int) -> Int32[Array, "tiles 4"]:
     return work[::-1]
 
 
-def _kernel(
+def attention_prompt(
     query_ref: Any,
     kv_ref: Any,
     table_ref: Any,
@@ -107,6 +107,7 @@ def _kernel(
     block: int,
     page_size: int,
 ) -> None:
+    """The kernel: one tile, for the query heads of one kv head. Profilers show its name."""
     tile, kv_head = pallas.program_id(0), pallas.program_id(1)
     offset, tokens, row, first = (work_ref[tile, i] for i in range(4))
     group, dim = query_ref.shape[1] // kv_ref.shape[2], query_ref.shape[2]
