@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import BFloat16, Float, UInt8
 
 from converters.names import list_names
+from elastic_jax.checkpoint_io import forget_pages
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConversionError
 
@@ -90,6 +91,7 @@ class SourceTensor:
                     row, column = np.argwhere(~np.isfinite(rows))[0]
                     raise NonFiniteError(f"{self.name} [{start + row}, {column}] is {rows[row, column]}")
                 progress(block.nbytes)
+            forget_pages(descriptor, self.offset, self.nbytes)
         if self.interleaved_heads is not None:
             out[...] = split_halves(out, self.interleaved_heads)
         return digest.hexdigest()
