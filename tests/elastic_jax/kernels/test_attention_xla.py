@@ -237,5 +237,5 @@ def test_short_contexts_cost_the_same_for_any_longest_context():
 
 def test_implementations_are_asked_for_by_name():
     assert kernels.attention("xla") is attention_xla.attention
-    with pytest.raises(ConfigError, match="no attention implementation is called 'cudnn'; there are \\['xla'\\]"):
+    with pytest.raises(ConfigError, match=r"no attention implementation is called 'cudnn'; there are .*'xla'"):
         kernels.attention("cudnn")
