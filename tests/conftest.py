@@ -1,5 +1,6 @@
 """Runs every test under the strictest rules that JAX, jaxtyping and Python offer, and makes real inputs available."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -25,7 +26,15 @@ jaxtyping.install_import_hook(PACKAGES, "runtime_types.checked")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where JAX sees no GPU; asks JAX only if there are any, since asking starts its backends."""
+    """Skips `gpu` tests where JAX sees no GPU, and `cuda_plugin` tests where JAX cannot compile for one.
+
+    JAX is asked only if there are any of the former, since asking starts its backends.
+    """
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        reason = "JAX's CUDA plugin is not installed; `uv sync --extra cuda13` installs it, no GPU is needed"
+        for item in items:
+            if item.get_closest_marker("cuda_plugin"):
+                item.add_marker(pytest.mark.skip(reason=reason))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and jax.default_backend() != "gpu":
         skip = pytest.mark.skip(reason="JAX sees no GPU; `make test-gpu` runs this where there is one")

@@ -23,3 +23,32 @@ def test_equal_values_as_json():
 )  # fmt: skip
 def test_difference(stored, current, line):
     assert differences(stored, current) == [line]
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "current"),
+    [
+        ("cuda", "13.0.0", "13.0.0"),
+        ("cuda", "13.0.0", "13.2.0"),
+        ("cudnn", "9.9.0", "9.12.0"),
+        ("cudnn", "9.1", "9.1.0"),
+    ],
+)
+def test_newer_libraries_fit(key, stored, current):
+    assert differences({key: stored}, {key: current}) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "stored", "current"),
+    [
+        ("cuda", "13.1.0", "13.0.0"),
+        ("cuda", "12.9.0", "13.0.0"),
+        ("cudnn", "9.12.0", "9.9.0"),
+        ("cudnn", "9.12.0", "none"),
+        ("compute_capability", "8.0", "8.9"),
+        ("jax", "0.11.2", "0.11.3"),
+    ],
+)
+def test_versions_that_do_not_fit(key, stored, current):
+    (line,) = differences({key: stored}, {key: current})
+    assert line.startswith(f'{key}: compiled for "{stored}", here "{current}" (')

@@ -178,6 +178,12 @@ def test_compiler_options(checkpoint):
     expect_mismatch(checkpoint, "compiler_options", "xla_cpu_enable_fast_min_max", "other options", **changes)
 
 
+def test_any_compiler_options_serve_unless_some_are_asked_for(empty):
+    empty.compile(compiler_options={"xla_cpu_enable_fast_min_max": True})
+    assert "step.d2.p0.greedy" in empty.load()
+    expect_mismatch(empty, "compiler_options", "xla_cpu_enable_fast_min_max", "other options", compiler_options={})
+
+
 def test_jax_options(checkpoint):
     with jax.default_matmul_precision("highest"):
         expect_mismatch(checkpoint, "jax_options", '"highest"', "JAX is configured otherwise")

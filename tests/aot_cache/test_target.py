@@ -1,10 +1,13 @@
 """Targets name devices by what decides whether machine code runs."""
 
 import re
+import types
 
 import jax
+import pytest
 
 from aot_cache.target import Target
+from elastic_jax.errors import ExecutableError
 
 
 def test_this_processor():
@@ -26,8 +29,25 @@ def test_features_decide_the_folder():
     assert some.folder != fewer.folder
 
 
+H200 = """
+gpu_device_info { cuda_compute_capability { major: 9 } runtime_version: "13.0.0" dnn_version: "9.12.0" }
+device_description_str: "NVIDIA H200"
+"""
+
+
 def test_described_gpu():
-    facts = {"compute_capability": "9.0", "cuda": "13.0", "cudnn": "91300"}
-    target = Target("gpu", "NVIDIA H200", facts)
+    target = Target.described(H200, source="test")
+    facts = {"compute_capability": "9.0", "cuda": "13.0.0", "cudnn": "9.12.0"}
+    assert target == Target("gpu", "NVIDIA H200", facts)
     assert target.folder == "nvidia-h200-cuda13"
     assert target.identity() == {"platform": "gpu", "device_kind": "NVIDIA H200", **facts}
+
+
+def test_cuda_versions_are_different_targets():
+    assert Target.described(H200.replace("13.0.0", "12.9.0"), source="test").folder == "nvidia-h200-cuda12"
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_unknown_platform():
+    with pytest.raises(ExecutableError, match="tpu"):
+        Target.of(types.SimpleNamespace(platform="tpu", device_kind="TPU v5"))
