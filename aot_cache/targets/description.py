@@ -17,8 +17,8 @@ FORMAT = 1
 
 UNTUNED: CompilerOptions = {"xla_gpu_enable_triton_gemm": False}
 """XLA options for compiling without the device. Nothing is tuned then, and Triton's untuned tiles are a seventh as fast
-as cuBLASLt, which chooses among its kernels when it runs. In int8 modes
-they also gave wrong logits on an H200 (jax 0.11.2)."""
+as cuBLASLt, which chooses among its kernels when it runs. In int8 modes they also gave wrong logits on an H200 (jax
+0.11.2)."""
 
 _FIELDS = {"format", "target_config", "compiler_options"}
 
