@@ -151,6 +151,8 @@ def compile_modes(
     results = []
     plans = [opened.plan(name) for name in mode] if mode else _stored_plans(opened)
     for plan in plans:
+        opened.folders(plan)  # executables would be of no use without the weights
+    for plan in plans:
         store = ModeStore(opened, plan, dtype, device)
 
         def progress(name: str, seconds: float | None, done: int, total: int, mode: str = plan.name) -> None:

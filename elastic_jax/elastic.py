@@ -122,6 +122,7 @@ class ElasticMistral:
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
         checkpoint = Checkpoint.open(path)
         plan = checkpoint.plan(mode)
+        checkpoint.folders(plan)  # executables would be of no use without the weights
         device = device if device is not None else default_device()
         threads = workers if workers is not None else min(os.cpu_count() or 1, 16)
         store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
