@@ -26,7 +26,10 @@ BUCKET_SETS = (
 
 def make_engine(**changes: Any) -> Engine:
     sizes: dict[str, Any] = {"page_size": 4, "kv_slots": 128, "max_context": 64} | changes
-    return Engine(FakeRunner(tiny_step_config(**sizes)), 10**9)
+    runner = FakeRunner(tiny_step_config(**sizes))
+    engine = Engine(runner, 10**9)
+    runner.pages = engine.pages
+    return engine
 
 
 def steps_of(engine: Engine) -> list[tuple[Bucket, str]]:

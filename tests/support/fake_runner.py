@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from elastic_jax.config import ModelConfig
+from elastic_jax.pages import PageAllocator
 from elastic_jax.requests import SamplingParams
 from elastic_jax.runner import Runner
 from elastic_jax.step import Bucket, ScoreOutputs, StepConfig, StepInputs, StepOutputs
@@ -59,6 +60,7 @@ class FakeRunner(Runner):
 
     Attributes:
         steps: the bucket of every step so far, and its kind.
+        pages: the engine's, once it is known: a page that several sequences hold must not be written.
     """
 
     def __init__(self, step: StepConfig) -> None:
@@ -66,6 +68,7 @@ class FakeRunner(Runner):
         self.config, self.step_config, self.device = MODEL, step, jax.devices()[0]
         self.sampling: Any = _Table()
         self.steps: list[tuple[Bucket, str]] = []
+        self.pages: PageAllocator | None = None
         self._slots = np.full((step.kv_slots, 2), -1)
         self._last = np.zeros((step.rows, 2), np.int64)
 
@@ -127,6 +130,7 @@ class FakeRunner(Runner):
             page = inputs.block_table[row, position[at] // size]
             assert inputs.slot[at] == page * size + position[at] % size, "a token goes where its row's table says"
             assert position[at] < inputs.context_length[row]
+            assert self.pages is None or self.pages._holders[page] == 1, "only its one holder writes a page"
             self._slots[inputs.slot[at]] = token[at], position[at]
 
     def _context(self, inputs: StepInputs, row: Any, length: int) -> list[int]:
