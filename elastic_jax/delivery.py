@@ -5,11 +5,25 @@ share the engine's steps. One lock guards the engine; it is held for one step at
 """
 
 import collections
+import dataclasses
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from elastic_jax.engine import Engine, Event
 from elastic_jax.requests import GenerateRequest, ScoreRequest
+
+
+@dataclasses.dataclass(frozen=True)
+class Inbox:
+    """Requests that were queued together, and the events that came for them and nobody has read.
+
+    Attributes:
+        numbers: the engine's numbers of the requests, in their order.
+        events: in the order they came.
+    """
+
+    numbers: tuple[int, ...]
+    events: collections.deque[Event] = dataclasses.field(default_factory=collections.deque)
 
 
 class Delivery:
@@ -22,11 +36,11 @@ class Delivery:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._lock = threading.Lock()
-        self._inboxes: dict[int, collections.deque[Event]] = {}
+        self._inboxes: dict[int, Inbox] = {}
         self._cancelled: collections.deque[tuple[int, int | None]] = collections.deque()
 
-    def submit(self, requests: Sequence[GenerateRequest | ScoreRequest]) -> list[int]:
-        """Queues requests and returns their numbers; all of them, or none.
+    def submit(self, requests: Sequence[GenerateRequest | ScoreRequest]) -> Inbox:
+        """Queues requests; all of them, or none.
 
         Raises:
             RequestError: one of them is impossible.
@@ -34,11 +48,11 @@ class Delivery:
         with self._lock:
             for request in requests:
                 self._engine.limits.check(request)
-            numbers = [self._engine.submit(request) for request in requests]
-            self._inboxes |= {number: collections.deque() for number in numbers}
-        return numbers
+            inbox = Inbox(tuple(self._engine.submit(request) for request in requests))
+            self._inboxes |= dict.fromkeys(inbox.numbers, inbox)
+        return inbox
 
-    def wait(self, numbers: Collection[int]) -> list[Event]:
+    def wait(self, inbox: Inbox) -> list[Event]:
         """The next events of some requests, at least one; steps the engine as often as that takes.
 
         Raises:
@@ -47,18 +61,26 @@ class Delivery:
         while True:
             with self._lock:
                 self._cancel_now()
-                events = [event for number in numbers for event in self._empty(number)]
-                if events:
+                if inbox.events:
+                    events = list(inbox.events)
+                    inbox.events.clear()
                     return events
                 if not self._engine.busy:
-                    raise RuntimeError(f"requests {sorted(numbers)} have ended, or somebody else stepped the engine")
+                    raise RuntimeError("the requests have ended, or somebody else stepped the engine")
                 for event in self._engine.step():
                     if event.request in self._inboxes:
-                        self._inboxes[event.request].append(event)
+                        self._inboxes[event.request].events.append(event)
 
-    def cancel(self, number: int, choice: int | None = None) -> None:
-        """Ends a request, or one of its answers. It may be called at any moment, by a garbage collector too."""
-        self._cancelled.append((number, choice))
+    def close(self, inbox: Inbox) -> None:
+        """Ends all its requests; as `cancel`."""
+        self._cancel([(number, None) for number in inbox.numbers])
+
+    def cancel(self, number: int, choice: int) -> None:
+        """Ends one answer of a request. It may be called at any moment, by a garbage collector too."""
+        self._cancel([(number, choice)])
+
+    def _cancel(self, answers: Sequence[tuple[int, int | None]]) -> None:
+        self._cancelled.extend(answers)
         # Waiting here would be a deadlock where this interrupts a step of the same thread; the next step will do it.
         if self._lock.acquire(blocking=False):
             try:
@@ -72,9 +94,3 @@ class Delivery:
             self._engine.cancel(number, choice)
             if choice is None:
                 self._inboxes.pop(number, None)
-
-    def _empty(self, number: int) -> list[Event]:
-        inbox = self._inboxes.get(number, collections.deque())
-        events = list(inbox)
-        inbox.clear()
-        return events

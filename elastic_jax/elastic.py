@@ -225,15 +225,15 @@ class ElasticMistral:
         return AnswerText(detokenizer, stops, prompt=prompt, choice=choice, prompt_tokens=tokens)
 
     def _run(self, requests: Sequence[GenerateRequest], texts: Sequence[Sequence[AnswerText]]) -> Iterator[Piece]:
-        numbers = self._delivery.submit(requests)
+        inbox = self._delivery.submit(requests)
         try:
             going = {
                 (number, choice): text
-                for number, answers in zip(numbers, texts, strict=True)
+                for number, answers in zip(inbox.numbers, texts, strict=True)
                 for choice, text in enumerate(answers)
             }
             while going:
-                for event in self._delivery.wait(numbers):
+                for event in self._delivery.wait(inbox):
                     if isinstance(event, FailEvent):
                         raise event.error
                     if not isinstance(event, TokenEvent) or (event.request, event.choice) not in going:
@@ -246,8 +246,7 @@ class ElasticMistral:
                     yield piece
         finally:
             # A consumer that stops listening must not leave its answers running.
-            for number in numbers:
-                self._delivery.cancel(number)
+            self._delivery.close(inbox)
 
     def _end_tokens(self) -> set[int]:
         return {*self.checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids}
@@ -270,17 +269,16 @@ class ElasticMistral:
         for pair in pairs:
             before, after = pair_tokens(pair, self.tokenizer)
             requests.append(ScoreRequest((*before, *after), len(before), 0))
-        numbers = self._delivery.submit(requests)
+        inbox = self._delivery.submit(requests)
         events: dict[int, ScoreEvent] = {}
         try:
-            while len(events) < len(numbers):
-                for event in self._delivery.wait(numbers):
+            while len(events) < len(requests):
+                for event in self._delivery.wait(inbox):
                     if isinstance(event, ScoreEvent):
                         events[event.request] = event
         finally:
-            for number in numbers:
-                self._delivery.cancel(number)
-        return [_score(request, events[number]) for request, number in zip(requests, numbers, strict=True)]
+            self._delivery.close(inbox)
+        return [_score(request, events[number]) for request, number in zip(requests, inbox.numbers, strict=True)]
 
     # -- telling -------------------------------------------------------------------------------------------------------
 

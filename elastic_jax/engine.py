@@ -60,6 +60,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: collections.deque[Track] = collections.deque()
         self._running: list[Track] = []
+        self._unfinished: dict[int, list[Track]] = {}
         self._free_rows = list(range(self.config.rows - 1, -1, -1))
         self._pending: tuple[Packed, StepOutputs | ScoreOutputs] | None = None
         self._scores: dict[int, _Scored] = {}
@@ -85,7 +86,8 @@ class Engine:
         choices = request.choices if isinstance(request, GenerateRequest) else 1
         first = Track(number, 0, request, tuple(tokens))
         others = [Track(number, i, request, tuple(tokens), source=first) for i in range(1, choices)]
-        self._waiting.extend([first, *others])
+        self._unfinished[number] = [first, *others]
+        self._waiting.extend(self._unfinished[number])
         if isinstance(request, ScoreRequest):
             self._scores[number] = _Scored([], [], [], True)
         else:
@@ -95,8 +97,8 @@ class Engine:
 
     def cancel(self, number: int, choice: int | None = None) -> None:
         """Ends a request, or one of its answers, without further events; unknown numbers have ended already."""
-        for track in [*self._waiting, *self._running]:
-            if track.number == number and choice in (None, track.choice):
+        for track in list(self._unfinished.get(number, ())):
+            if choice in (None, track.choice):
                 self._finish(track)
 
     def step(self) -> list[Event]:
@@ -154,8 +156,6 @@ class Engine:
         self.runner.sampling.set(track.row, request.sampling, choice=track.choice)
 
     def _finish(self, track: Track) -> None:
-        if track.phase is Phase.FINISHED:
-            return
         if track.phase is Phase.WAITING:
             self._waiting.remove(track)
         else:
@@ -164,9 +164,11 @@ class Engine:
             self.pages.release(track.pages)
             track.pages = []
         track.phase = Phase.FINISHED
-        self._scores.pop(track.number, None)
-        if not any(other.number == track.number for other in [*self._waiting, *self._running]):
+        self._unfinished[track.number].remove(track)
+        if not self._unfinished[track.number]:
+            del self._unfinished[track.number]
             self._seeds.pop(track.number, None)
+            self._scores.pop(track.number, None)
 
     # -- grammars ------------------------------------------------------------------------------------------------------
 

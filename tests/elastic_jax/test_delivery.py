@@ -8,7 +8,7 @@ import pytest
 from fake_runner import FakeRunner
 from tiny import tiny_step_config
 
-from elastic_jax.delivery import Delivery
+from elastic_jax.delivery import Delivery, Inbox
 from elastic_jax.engine import Engine
 from elastic_jax.errors import RequestError
 from elastic_jax.requests import GenerateRequest, SamplingParams, ScoreEvent, ScoreRequest, TokenEvent
@@ -23,10 +23,10 @@ def request(prompt: Sequence[int], new: int = 6) -> GenerateRequest:
     return GenerateRequest(tuple(prompt), new, SamplingParams(), frozenset(), 1, None)
 
 
-def collect(delivery: Delivery, numbers: Sequence[int], count: int) -> list[Any]:
+def collect(delivery: Delivery, inbox: Inbox, count: int) -> list[Any]:
     events: list[Any] = []
     while len(events) < count:
-        events += delivery.wait(numbers)
+        events += delivery.wait(inbox)
     return events
 
 
@@ -38,12 +38,21 @@ def tokens(engine: Engine, prompt: Sequence[int], new: int = 6) -> list[int]:
 def test_each_caller_gets_its_own_whoever_steps(engine: Engine) -> None:
     expected = [tokens(engine, [i]) for i in range(2)]
     delivery = Delivery(engine)
-    (one,), (two,) = delivery.submit([request([0])]), delivery.submit([request([1])])
-    first = collect(delivery, [one], 6)  # meanwhile the other one's came too
-    second = collect(delivery, [two], 6)
+    one, two = delivery.submit([request([0])]), delivery.submit([request([1])])
+    first = collect(delivery, one, 6)  # meanwhile the other one's came too
+    second = collect(delivery, two, 6)
     assert [event.token for event in first] == expected[0]
     assert [event.token for event in second] == expected[1]
     assert isinstance(first[0], TokenEvent)
+
+
+def test_requests_queued_together_come_together(engine: Engine) -> None:
+    delivery = Delivery(engine)
+    inbox = delivery.submit([request([i], 3) for i in range(6)])
+    events = collect(delivery, inbox, 18)
+    assert {event.request for event in events} == set(inbox.numbers)
+    assert list(dict.fromkeys(event.request for event in events)) == list(inbox.numbers), "first come, first served"
+    assert [event.request for event in events] != sorted(event.request for event in events), "beside each other"
 
 
 def test_all_are_queued_or_none(engine: Engine) -> None:
@@ -55,43 +64,52 @@ def test_all_are_queued_or_none(engine: Engine) -> None:
 
 def test_waiting_for_what_has_ended_is_an_error_not_a_loop(engine: Engine) -> None:
     delivery = Delivery(engine)
-    numbers = delivery.submit([request([1])])
-    collect(delivery, numbers, 6)
-    with pytest.raises(RuntimeError, match=r"requests \[0\] have ended"):
-        delivery.wait(numbers)
+    inbox = delivery.submit([request([1])])
+    collect(delivery, inbox, 6)
+    with pytest.raises(RuntimeError, match="the requests have ended"):
+        delivery.wait(inbox)
 
 
-def test_events_of_a_cancelled_request_are_dropped(engine: Engine) -> None:
+def test_events_of_a_closed_inbox_are_dropped(engine: Engine) -> None:
     delivery = Delivery(engine)
-    (one,), (two,) = delivery.submit([request([0])]), delivery.submit([request([1])])
-    collect(delivery, [two], 3)
-    delivery.cancel(one)
-    collect(delivery, [two], 3)
-    delivery.cancel(two)
+    one, two = delivery.submit([request([0])]), delivery.submit([request([1])])
+    collect(delivery, two, 3)
+    delivery.close(one)
+    collect(delivery, two, 3)
+    assert len(one.events) <= 4
+    delivery.close(two)
     assert engine.pages.free == engine.pages.pages
     assert not delivery._inboxes
 
 
-def test_a_cancel_from_inside_a_step_waits_for_its_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_answer_of_several_can_be_ended(engine: Engine) -> None:
+    delivery = Delivery(engine)
+    several = GenerateRequest((1, 2), 6, SamplingParams(), frozenset(), 3, None)
+    inbox = delivery.submit([several])
+    delivery.cancel(inbox.numbers[0], 1)
+    events = collect(delivery, inbox, 12)
+    assert {event.choice for event in events} == {0, 2}
+
+
+def test_an_end_from_inside_a_step_waits_for_the_steps_end(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a generator that the garbage collector ends at any moment of the same thread."""
     delivery = Delivery(engine)
-    (one, two) = delivery.submit([request([0]), request([1])])
+    one, two = delivery.submit([request([0])]), delivery.submit([request([1])])
     step = engine.step
-
     free = []
 
     def interrupted() -> list[Any]:
         free.append(engine.pages.free)
-        delivery.cancel(one)
+        delivery.close(one)
         free.append(engine.pages.free)
         return step()
 
-    delivery.wait([two])
+    delivery.wait(two)
     monkeypatch.setattr(engine, "step", interrupted)
-    delivery.wait([two])
+    delivery.wait(two)
     assert free[0] == free[1] == engine.pages.pages - 2, "nothing changes in the middle of a step"
     monkeypatch.undo()
-    delivery.wait([two])
+    delivery.wait(two)
     assert engine.pages.free == engine.pages.pages - 1
 
 

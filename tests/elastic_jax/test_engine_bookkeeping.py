@@ -82,6 +82,7 @@ def assert_empty(engine: Engine) -> None:
     assert sorted(engine._free_rows) == list(range(engine.config.rows))
     assert not engine._scores
     assert not engine._seeds
+    assert not engine._unfinished
 
 
 @settings(max_examples=150, deadline=None)
