@@ -27,10 +27,11 @@ test-gpu: .venv/.synced ## run the tests that need an NVIDIA GPU
 	@$(UV) sync --frozen --inexact --extra cuda13
 	@JAX_PLATFORMS=cuda,cpu $(RUN) pytest -m gpu
 
-lint: .venv/.synced ## check lint, format and types
+lint: .venv/.synced ## check lint, format, types, and that README shows the committed results
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) pyright
+	@$(RUN) python benches/readme.py --check
 
 format: .venv/.synced ## mend lint and format where a machine can
 	@$(RUN) ruff check --fix

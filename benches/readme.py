@@ -56,11 +56,12 @@ def context(result: dict[str, Any]) -> str:
 
 
 def convert(result: dict[str, Any]) -> str:
+    (row,) = result["rows"]
     return (
-        f"Converting {result['source_bytes'] / 1e9:.1f} GB of sharded bf16 safetensors into int8 and bf16 runs at "
-        f"{result['input_mb_per_s']:.0f} MB/s of input with a peak of {result['peak_rss_gib']:.2f} GiB of memory "
-        f"({result['device']}; `benches/convert.py`). Killed {len(result['kill_delays_s'])} times and continued, it "
-        f"leaves {'the same files, byte for byte' if result['identical_after_kills'] else 'OTHER FILES'}."
+        f"Converting {row['source_gb']:.1f} GB of sharded bf16 safetensors into int8 and bf16 runs at "
+        f"{row['input_mb_per_s']:.0f} MB/s of input with a peak of {row['peak_rss_gib']:.2f} GiB of memory "
+        f"({where(result)}; `benches/convert.py`). Killed {row['kills']} times and continued, it leaves "
+        f"{'the same files, byte for byte' if row['identical'] else 'OTHER FILES'}."
     )
 
 
@@ -78,8 +79,8 @@ def rendered(text: str) -> str:
         if not files:
             raise ValueError(f"no result {RESULTS}/<device>/{name}.json for README's section {name}")
         body = "\n\n".join(render(json.loads(file.read_text())) for file in files)
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, body=body: match[1] + body + match[2], text)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
         if count != 1:
             raise ValueError(f"README.md has {count} sections <!-- {name} -->, expected one")
     return text

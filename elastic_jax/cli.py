@@ -23,8 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-type Precision = Literal["int8", "bf16"]
-type Dtype = Literal["bfloat16", "float32"]
+Precision = Literal["int8", "bf16"]
+Dtype = Literal["bfloat16", "float32"]
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="An Elastic checkpoint.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
@@ -164,7 +164,7 @@ def compile_modes(
         results.append(
             {
                 "mode": plan.name,
-                "folder": str(store.folder),
+                "folder": str(store.pool_folder(step.kv_slots)),
                 "units": len(manifest.units),
                 "bytes": sum(record.size for record in records),
                 "compile_seconds": round(sum(record.compile_seconds for record in records), 1),
