@@ -297,7 +297,10 @@ class ElasticMistral:
             "device": self.engine.runner.device.device_kind,
             "target": Target.of(self.engine.runner.device).folder,
             "bytes": dataclasses.asdict(self.memory) | {"total": self.memory.total},
-            "executables": {"folder": str(store.folder), "units": list(self.engine.runner.unit_names)},
+            "executables": {
+                "folder": str(store.pool_folder(step.kv_slots)),
+                "units": list(self.engine.runner.unit_names),
+            },
             "attention": step.attention,
             "kv_capacity_tokens": step.kv_slots,
             "rows": step.rows,

@@ -19,7 +19,10 @@ from elastic_jax.step import Bucket, ComputeDtype, StepConfig
 from elastic_jax.units import make_units, traced_source_digest
 
 FOLDER = "executables"
-"""Name of the folder of executables inside a checkpoint."""
+"""Name of the folder of executables inside a checkpoint: <target>/<mode>/<pool>/ below it is one store."""
+
+_POOL = "kv"
+"""What the name of a store's folder begins with; the slots of its pool follow."""
 
 _BUCKETS = {
     "cpu": (Bucket(1, 0), Bucket(4, 0), Bucket(16, 0), Bucket(0, 64), Bucket(0, 512)),
@@ -80,13 +83,13 @@ def default_step_config(
 
 def store_folders(checkpoint: Path) -> list[Path]:
     """Every executable store of a checkpoint, whole or not; those being written are hidden folders."""
-    folders = (checkpoint / FOLDER).glob("*/*")
+    folders = (checkpoint / FOLDER).glob("*/*/*")
     return sorted(folder for folder in folders if folder.is_dir() and not folder.name.startswith("."))
 
 
 @dataclasses.dataclass(frozen=True)
 class ModeStore:
-    """The store of one mode's executables for one device.
+    """The executables of one mode for one device: a store for each KV pool that they were compiled for.
 
     Attributes:
         checkpoint: whose mode it is.
@@ -102,7 +105,7 @@ class ModeStore:
 
     @property
     def folder(self) -> Path:
-        """Where the store is; float32 stands beside the ordinary one."""
+        """Where the stores are; those of float32 stand beside the ordinary ones."""
         name = self.plan.name if self.dtype == "bfloat16" else f"{self.plan.name}.{self.dtype}"
         return self.checkpoint.path / FOLDER / Target.of(self.device).folder / name
 
@@ -115,10 +118,15 @@ class ModeStore:
             '(or load with on_missing="compile")'
         )
 
+    def pool_folder(self, kv_slots: int) -> Path:
+        """Where the store for a pool of so many slots is."""
+        return self.folder / f"{_POOL}{kv_slots}"
+
     @property
-    def exists(self) -> bool:
-        """Whether there is a store at all."""
-        return self.folder.is_dir()
+    def pools(self) -> list[int]:
+        """KV slots of every pool that there is a store for, whole or not; the largest first."""
+        names = (folder.name.removeprefix(_POOL) for folder in self.folder.glob(f"{_POOL}*") if folder.is_dir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def identity(self, step: StepConfig) -> dict[str, Any]:
         """What must match at load, beside device and versions; one JSON value a key."""
@@ -132,17 +140,22 @@ class ModeStore:
             "mesh": [1],
         }
 
-    def stored_step(self) -> StepConfig:
-        """The sizes that the store was compiled for.
+    def stored_step(self, kv_slots: int) -> StepConfig:
+        """The sizes that the store for a pool was compiled for.
 
         Raises:
-            ExecutableError: there is no store, or its manifest does not say.
+            ExecutableError: there is no such store, or its manifest does not say.
         """
-        return _read_step(read_manifest(self.folder, hint=self.hint), self.folder, self.hint)
+        folder = self.pool_folder(kv_slots)
+        step = _read_step(read_manifest(folder, hint=self.hint), folder, self.hint)
+        if step.kv_slots != kv_slots:
+            raise ExecutableError(f"{folder}: the manifest describes a pool of {step.kv_slots} slots. {self.hint}")
+        return step
 
-    def memory(self) -> Mapping[str, Memory]:
-        """What each stored unit needs, by name."""
-        return {name: record.memory for name, record in read_manifest(self.folder, hint=self.hint).units.items()}
+    def memory(self, kv_slots: int) -> Mapping[str, Memory]:
+        """What each unit of the store for a pool needs, by name."""
+        manifest = read_manifest(self.pool_folder(kv_slots), hint=self.hint)
+        return {name: record.memory for name, record in manifest.units.items()}
 
     def compile(
         self,
@@ -152,7 +165,7 @@ class ModeStore:
         progress: Progress,
         compiler_options: CompilerOptions | None = None,
     ) -> Manifest:
-        """Compiles every unit of the mode and stores it; an equal, undamaged store is kept.
+        """Compiles every unit of the mode into the store for the step's pool; an equal, undamaged one is kept.
 
         The device need not be there (`aot_cache.targets.absent_device`); `compiler_options` are XLA's.
 
@@ -163,7 +176,7 @@ class ModeStore:
         try:
             return compiler.compile_units(
                 units,
-                self.folder,
+                self.pool_folder(step.kv_slots),
                 self.identity(step),
                 self.device,
                 workers=workers,
@@ -172,20 +185,22 @@ class ModeStore:
             )
         except OSError as error:
             raise ExecutableError(
-                f"the executables cannot be written to {self.folder}: {error.strerror or error}"
+                f"the executables cannot be written to {self.pool_folder(step.kv_slots)}: {error.strerror or error}"
             ) from error
 
     def check(self, step: StepConfig) -> None:
-        """Checks that the store is whole and fits here, without loading or hashing it.
+        """Checks that the store for the step's pool is whole and fits here, without loading or hashing it.
 
         Raises:
             ExecutableError: it is missing or incomplete.
             MismatchError: it was made for something else.
         """
-        store.check(self.folder, self.identity(step), self.device, hint=self.hint)
+        store.check(self.pool_folder(step.kv_slots), self.identity(step), self.device, hint=self.hint)
 
     def load(self, step: StepConfig, *, trust: bool, workers: int, preload: bool) -> dict[str, Executable]:
-        """Loads every unit of the mode; compiles nothing. Without `preload` a unit is opened by its first call.
+        """Loads every unit from the store for the step's pool; compiles nothing.
+
+        Without `preload` a unit is opened by its first call.
 
         Raises:
             ExecutableError: the store is missing, incomplete or damaged.
@@ -193,7 +208,7 @@ class ModeStore:
             TrustError: somebody else may have written it, and `trust` is False.
         """
         return store.load(
-            self.folder,
+            self.pool_folder(step.kv_slots),
             self.identity(step),
             self.device,
             root=self.checkpoint.path,

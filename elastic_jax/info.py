@@ -43,7 +43,12 @@ def describe(path: Path) -> dict[str, Any]:
 
 def _describe_store(folder: Path) -> dict[str, Any]:
     """What a store says of itself; `problem` if it says nothing readable."""
-    described: dict[str, Any] = {"target": folder.parent.name, "mode": folder.name, "problem": None}
+    described: dict[str, Any] = {
+        "target": folder.parent.parent.name,
+        "mode": folder.parent.name,
+        "pool": folder.name,
+        "problem": None,
+    }
     try:
         manifest = read_manifest(folder, hint="compile it again")
         return described | {

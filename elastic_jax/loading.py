@@ -40,7 +40,7 @@ def usable_sizes(
     if on_missing == "compile" and (problem := _problem(store, max_context)):
         say(f"compiling mode {store.plan.name} for {Target.of(store.device).folder}, because {problem}")
         _compile(store, max_context, workers, say)
-    step = store.stored_step()
+    step = store.stored_step(_pool(store))
     if max_context is not None and max_context > step.max_context:
         raise RequestError(
             f"max_context {max_context} was asked for, and the executables were compiled for up to {step.max_context} "
@@ -51,10 +51,10 @@ def usable_sizes(
 
 def _problem(store: ModeStore, max_context: int | None) -> str | None:
     """Why stored executables cannot be used, found without loading them; None if they can."""
-    if not store.exists:
+    if not store.pools:
         return "there are no executables for it"
     try:
-        step = store.stored_step()
+        step = store.stored_step(_pool(store))
         store.check(step)
     except MismatchError as error:
         return f"those stored do not fit: {error}"
@@ -62,13 +62,24 @@ def _problem(store: ModeStore, max_context: int | None) -> str | None:
         return str(error)
     if max_context is not None and max_context > step.max_context:
         return f"those stored were compiled for contexts of up to {step.max_context} tokens, not {max_context}"
-    return "; ".join(verify(store.folder)) or None
+    return "; ".join(verify(store.pool_folder(step.kv_slots))) or None
+
+
+def _pool(store: ModeStore) -> int:
+    """The pool whose executables are used.
+
+    Raises:
+        ExecutableError: there are no executables.
+    """
+    if not store.pools:
+        raise ExecutableError(f"no compiled executables at {store.folder}. {store.hint}")
+    return store.pools[0]
 
 
 def _compile(store: ModeStore, max_context: int | None, workers: int, say: Say) -> None:
     kv_slots = None
     with contextlib.suppress(ElasticError):  # there may be no earlier store; if there is, somebody chose its pool
-        stored = store.stored_step()
+        stored = store.stored_step(_pool(store))
         max_context = max_context or stored.max_context
         kv_slots = max(stored.kv_slots, max_context)
     config, platform = store.checkpoint.config, store.device.platform
@@ -89,7 +100,7 @@ def plan_load(store: ModeStore, step: StepConfig) -> MemoryPlan:
     """
     checkpoint, plan = store.checkpoint, store.plan
     weights = abstract_weights(checkpoint.config, plan, store.dtype)
-    memory = plan_memory(checkpoint.config, weights, step, store.memory().values())
+    memory = plan_memory(checkpoint.config, weights, step, store.memory(step.kv_slots).values())
     others = dict(_stored_weights(checkpoint, store.dtype))
     available = available_memory(store.device)
     check_memory(memory, available, mode=plan.name, alternatives=others, page_size=step.page_size)

@@ -180,7 +180,7 @@ def test_compile_keeps_what_is_there(call: Call, folder: Path, monkeypatch: pyte
     assert (called.status, called.err) == (0, "")
     (result,) = json.loads(called.out)
     assert result["mode"] == "XL"
-    assert Path(result["folder"]).name == "XL.float32"
+    assert Path(result["folder"]).parts[-2:] == ("XL.float32", "kv1024")
     assert result["units"] == len(list(Path(result["folder"]).glob("*.xla")))
     assert result["bytes"] > 0
     called = call("compile", folder, "--mode", "XL", "--dtype", "float32")
@@ -212,7 +212,7 @@ def test_verify_finds_nothing_wrong_with_a_whole_checkpoint(call: Call, folder: 
 
 def test_verify_names_every_damaged_file(call: Call, folder: Path) -> None:
     weights = max((folder / "weights").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    (blob,) = folder.glob("executables/*/*/admit.xla")
+    (blob,) = folder.glob("executables/*/*/*/admit.xla")
     for file in (weights, blob):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -228,7 +228,7 @@ def test_verify_names_every_damaged_file(call: Call, folder: Path) -> None:
 
 
 def test_verify_notices_a_store_without_a_manifest(call: Call, folder: Path) -> None:
-    (manifest,) = folder.glob("executables/*/*/manifest.json")
+    (manifest,) = folder.glob("executables/*/*/*/manifest.json")
     manifest.unlink()
     called = call("verify", folder)
     assert called.status == 1
@@ -335,7 +335,7 @@ def test_generate_without_a_checkpoint(call: Call, tmp_path: Path) -> None:
 
 
 def test_generate_with_executables_of_somebody_else(call: Call, folder: Path) -> None:
-    (manifest,) = folder.glob("executables/*/*/manifest.json")
+    (manifest,) = folder.glob("executables/*/*/*/manifest.json")
     manifest.parent.chmod(0o777)
     assert_refused(generate(call, folder, "-p", "a"), "may have been written by somebody else")
     assert generate(call, folder, "-p", "a", "--trust", "--max-new-tokens", 2).status == 0

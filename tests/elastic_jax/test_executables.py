@@ -22,7 +22,7 @@ from elastic_jax.step import Bucket
 
 @pytest.fixture
 def folder(compiled_tiny: Callable[..., CompiledTiny], tmp_path: Path) -> Path:
-    """A copy of a checkpoint with executables for mode XL in float32, to be spoilt."""
+    """A copy of a checkpoint with executables for mode XL in float32 and one pool, to be spoilt."""
     compiled = compiled_tiny("XL", "float32")
     # Other test processes may be compiling other modes into it, in hidden folders.
     modes = {path.name for path in compiled.checkpoint.path.glob("executables/*/*")}
@@ -44,6 +44,11 @@ def load(folder: Path, **options: Any) -> ElasticMistral:
     return ElasticMistral.load(folder, "XL", **({"dtype": "float32", "workers": 2} | options))
 
 
+def mode_store(folder: Path) -> ModeStore:
+    checkpoint = Checkpoint.open(folder)
+    return ModeStore(checkpoint, checkpoint.plan("XL"), "float32", jax.devices()[0])
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     values = json.loads(file.read_text())
     change(values)
@@ -62,7 +67,7 @@ def test_no_executables_at_all(folder: Path, store: Path) -> None:
     shutil.rmtree(store)
     with pytest.raises(ExecutableError) as refused:
         load(folder)
-    assert f"no compiled executables at {store}" in str(refused.value)
+    assert f"no compiled executables at {store.parent}" in str(refused.value)
     assert f"elastic-jax compile {folder} --mode XL --dtype float32" in str(refused.value)
     assert 'on_missing="compile"' in str(refused.value)
 
@@ -115,11 +120,17 @@ def test_executables_of_other_sources_are_refused(folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("change", [{"kv_slots": 512}, {"rows": 3}, {"buckets": (Bucket(4, 0), Bucket(0, 16))}])
-def test_executables_of_other_sizes_are_refused(folder: Path, change: dict[str, Any]) -> None:
-    checkpoint = Checkpoint.open(folder)
-    mode = ModeStore(checkpoint, checkpoint.plan("XL"), "float32", jax.devices()[0])
+def test_executables_of_other_sizes_are_refused(folder: Path, store: Path, change: dict[str, Any]) -> None:
+    step = tiny_step_config(**change)
+    store.rename(store.with_name(f"kv{step.kv_slots}"))
     with pytest.raises(MismatchError, match=next(iter(change))):
-        mode.load(tiny_step_config(**change), trust=False, workers=1, preload=True)
+        mode_store(folder).load(step, trust=False, workers=1, preload=True)
+
+
+def test_a_store_in_the_folder_of_another_pool_is_refused(folder: Path, store: Path) -> None:
+    store.rename(store.with_name("kv2048"))
+    with pytest.raises(ExecutableError, match="describes a pool of 1024 slots"):
+        load(folder)
 
 
 def test_a_file_that_is_missing_cut_short_or_changed_is_named(folder: Path, store: Path) -> None:
@@ -186,9 +197,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def sizes_for(folder: Path, max_context: int | None = None) -> list[str]:
     """What is said when executables are wanted, and compiling is allowed."""
-    checkpoint, said = Checkpoint.open(folder), []
-    mode = ModeStore(checkpoint, checkpoint.plan("XL"), "float32", jax.devices()[0])
-    usable_sizes(mode, "compile", max_context, workers=1, say=said.append)
+    said: list[str] = []
+    usable_sizes(mode_store(folder), "compile", max_context, workers=1, say=said.append)
     return said
 
 
@@ -237,7 +247,8 @@ def test_compiling_is_said_and_serves_the_next_load(
         again = load(folder)
         assert again.generate([5, 6, 7], max_new_tokens=6, ignore_end=True).token_ids == first.token_ids
     assert counter.count() == 0
-    edit(store / "manifest.json", lambda manifest: manifest["identity"].update(jaxlib="0.0.1"))
+    (stored,) = store_folders(folder)
+    edit(stored / "manifest.json", lambda manifest: manifest["identity"].update(jaxlib="0.0.1"))
     load(folder, on_missing="compile")
     assert "because those stored do not fit" in capsys.readouterr().err
     assert load(folder).info()["max_context"] == 100
@@ -295,8 +306,8 @@ def test_a_plan_for_another_model_is_refused(folder: Path) -> None:
 
 
 def test_stores_are_found_whole_or_not_but_not_while_they_are_written(folder: Path, store: Path) -> None:
-    (store.parent / ".M.partial").mkdir()
-    (store.parent / "M").mkdir()
-    assert [path.name for path in store_folders(folder)] == ["M", "XL.float32"]
+    (store.parent / ".kv64.partial").mkdir()
+    (store.parent / "kv64").mkdir()
+    assert [path.name for path in store_folders(folder)] == ["kv1024", "kv64"]
     shutil.rmtree(folder / "executables")
     assert store_folders(folder) == []

@@ -34,8 +34,8 @@ def test_everything_about_a_checkpoint_is_json(folder: Path) -> None:
     (store,) = info["executables"]
     assert (store["mode"], store["dtype"], store["problem"]) == ("XL.float32", "float32", None)
     assert (store["kv_slots"], store["max_context"]) == (1024, 256)
-    assert store["units"] == len(list(folder.glob("executables/*/*/*.xla")))
-    assert store["bytes"] == sum(path.stat().st_size for path in folder.glob("executables/*/*/*.xla"))
+    assert store["units"] == len(list(folder.glob("executables/*/*/*/*.xla")))
+    assert store["bytes"] == sum(path.stat().st_size for path in folder.glob("executables/*/*/*/*.xla"))
 
 
 def test_people_see_modes_their_size_and_that_they_are_provisional(folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_what_is_not_stored_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", '{"format": 1, "identity": {}, "units": {}}'])
 def test_a_damaged_store_does_not_hide_the_rest(folder: Path, content: str) -> None:
-    (manifest,) = folder.glob("executables/*/*/manifest.json")
+    (manifest,) = folder.glob("executables/*/*/*/manifest.json")
     manifest.write_text(content)
     info = describe(folder)
     (store,) = info["executables"]
