@@ -1,7 +1,6 @@
 """Decides what a source is: a Hugging Face folder, a GGUF file, or a repository of the Hub."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from converters.hub import resolve
 from converters.huggingface import open_folder
 from converters.source import Source
 from elastic_jax.errors import ConversionError
+from elastic_jax.hub_access import is_hub_id
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -35,6 +34,7 @@ def locate(source: str | Path, *, revision: str | None, token: str | None) -> Lo
 
     Raises:
         ConversionError: there is no such source, or it is of a kind that is not read.
+        HubError: it is on the Hub, and cannot be had.
     """
     path = Path(source)
     if path.exists():
@@ -46,16 +46,17 @@ def locate(source: str | Path, *, revision: str | None, token: str | None) -> Lo
         _check_file(path)
         return Location(None, None, lambda: open_gguf(absolute))
     name = str(source)
-    if not _HUB_ID.fullmatch(name) or path.suffix in (".gguf", ".safetensors", *_PICKLES):
+    if not is_hub_id(name) or path.suffix in (".gguf", ".safetensors", *_PICKLES):
         raise ConversionError(
             f"there is no file or folder {path}, and {name!r} is no Hub id (those are owner/name) either: "
             "check the path"
         )
     model = resolve(name, revision=revision, token=token)
+    commit = model.snapshot.commit
     return Location(
-        model.repository,
-        model.commit,
-        lambda: open_folder(model.download(token), repository=model.repository, commit=model.commit),
+        name,
+        commit,
+        lambda: open_folder(model.download(token), repository=name, commit=commit),
     )
 
 

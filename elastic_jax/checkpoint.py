@@ -5,6 +5,7 @@ DIR/elastic.json                   the manifest: config, folders, hashes, source
 DIR/weights/<name>/<precision>/    one Orbax checkpoint each: a group, `embedding` or `norms`
 DIR/plans/<mode>.json              which precision each group is computed in
 DIR/tokenizer/                     the model's own tokenizer files
+DIR/executables/                   compiled units; elsewhere for a checkpoint that nothing may be written to
 ```
 """
 
@@ -20,6 +21,7 @@ import jax
 
 from elastic_jax.checkpoint_format import (
     EMBEDDING,
+    EXECUTABLES,
     JOURNAL,
     MANIFEST,
     NORMS,
@@ -52,12 +54,14 @@ class Checkpoint:
         path: its folder.
         config: the model.
         manifest: everything elastic.json says.
+        home: the folder that its executables are below; `path`, but for one that nothing may be written to.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, home: Path) -> None:
         self.path = path
         self.manifest = manifest
         self.config: ModelConfig = manifest.config
+        self.home = home
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
@@ -66,21 +70,39 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no checkpoint, it is incomplete, or files are missing or of another size.
         """
-        path = Path(path)
-        if not (path / MANIFEST).is_file():
-            raise CheckpointError(_absent(path))
-        checkpoint = cls(path, Manifest.read(path / MANIFEST))
-        if problems := checkpoint._wrong_sizes():
+        checkpoint = cls.read(path)
+        if problems := checkpoint.wrong_sizes():
             raise CheckpointError(
-                f"{path} is damaged: {'; '.join(problems[:5])}{_more(problems, 5)}. "
+                f"{path} is damaged: {some_of(problems)}. "
                 "Copy the checkpoint again, or convert its source again with --overwrite"
             )
         return checkpoint
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Reads elastic.json and looks at no other file: a part of a checkpoint may be all that was downloaded.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or it is incomplete.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(_absent(path))
+        return cls(path, Manifest.read(path / MANIFEST), home=path)
+
+    def with_home(self, home: Path) -> Self:
+        """The same checkpoint with its executables below another folder."""
+        return type(self)(self.path, self.manifest, home=home)
 
     @property
     def tokenizer_path(self) -> Path:
         """Folder of the model's tokenizer files."""
         return self.path / TOKENIZER
+
+    @property
+    def executables_path(self) -> Path:
+        """Folder of the executables of every mode and target."""
+        return self.home / EXECUTABLES
 
     def folders(self, plan: Plan) -> list[FolderName]:
         """The folders that a plan reads, in the order the model computes them.
@@ -171,14 +193,42 @@ class Checkpoint:
         if mode not in modes:
             raise PlanError(f"{self.path} has no mode {mode!r}; modes there: {modes}")
         plan = read_plan(self.path / PLANS / f"{mode}.json")
+        if plan.name != mode:
+            raise PlanError(f"{self.path / PLANS / mode}.json should hold the plan {mode!r}, found {plan.name!r}")
         plan.check(self.config)
         return plan
 
+    def files(self, plan: Plan | None = None) -> dict[str, FileRecord]:
+        """Every file that elastic.json names, or only those that a plan needs, by path below the checkpoint.
+
+        Raises:
+            PlanError: the plan is for another model.
+            CheckpointError: the plan reads a precision that was not stored.
+        """
+        files = {f"{TOKENIZER}/{name}": record for name, record in self.manifest.tokenizer.items()}
+        for folder in self.manifest.folders if plan is None else self.folders(plan):
+            below = "/".join((WEIGHTS, *folder))
+            files |= {f"{below}/{path}": record for path, record in self._folder(*folder).files.items()}
+        return files
+
+    def wrong_sizes(self, plan: Plan | None = None) -> list[str]:
+        """Which of `files(plan)` are missing or of another size than elastic.json says, in words."""
+        problems = []
+        for name, record in self.files(plan).items():
+            try:
+                size = (self.path / name).stat().st_size
+            except OSError:
+                problems.append(f"{name}: missing")
+                continue
+            if size != record.size:
+                problems.append(f"{name}: should have {record.size} bytes, has {size}")
+        return problems
+
     def verify(self) -> list[str]:
         """Reads every file and compares its sha256 with elastic.json's; returns the problems, in words."""
-        problems = self._wrong_sizes()
+        problems = self.wrong_sizes()
         damaged = {problem.split(":")[0] for problem in problems}
-        for name, record in self._files().items():
+        for name, record in self.files().items():
             if name in damaged:
                 continue
             found = describe_file(self.path / name)
@@ -192,25 +242,6 @@ class Checkpoint:
             stored = sorted(other for stored_name, other in self.manifest.folders if stored_name == name)
             raise CheckpointError(f"{self.path} does not hold {name} in {precision}; precisions stored: {stored}")
         return folder
-
-    def _files(self) -> dict[str, FileRecord]:
-        """Every file that elastic.json names, by path below the checkpoint."""
-        files = {f"{TOKENIZER}/{name}": record for name, record in self.manifest.tokenizer.items()}
-        for (name, precision), folder in self.manifest.folders.items():
-            files |= {f"{WEIGHTS}/{name}/{precision}/{path}": record for path, record in folder.files.items()}
-        return files
-
-    def _wrong_sizes(self) -> list[str]:
-        problems = []
-        for name, record in self._files().items():
-            try:
-                size = (self.path / name).stat().st_size
-            except OSError:
-                problems.append(f"{name}: missing")
-                continue
-            if size != record.size:
-                problems.append(f"{name}: should have {record.size} bytes, has {size}")
-        return problems
 
     def _possible_modes(self) -> list[str]:
         possible = []
@@ -240,8 +271,10 @@ class Checkpoint:
         return arrays
 
 
-def _more(items: list[str], shown: int) -> str:
-    return f" and {len(items) - shown} more" if len(items) > shown else ""
+def some_of(problems: list[str]) -> str:
+    """The first few of a list of problems, and how many more there are."""
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return "; ".join(problems[:5]) + more
 
 
 def _absent(path: Path) -> str:

@@ -17,6 +17,10 @@ class CheckpointError(ElasticError):
     """An Elastic checkpoint is missing, incomplete, damaged, or lacks what was asked of it."""
 
 
+class HubError(ElasticError):
+    """A repository of the Hugging Face Hub cannot be found, reached, read or written."""
+
+
 class PlanError(ElasticError):
     """A plan or mode is unknown, malformed, or does not fit the model it is applied to."""
 

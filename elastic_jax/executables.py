@@ -11,15 +11,14 @@ from aot_cache.identity import CompilerOptions
 from aot_cache.manifest import Manifest, Memory, read_manifest
 from aot_cache.store import Executable
 from aot_cache.target import Device, Target
+from elastic_jax import kernels
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.checkpoint_format import EXECUTABLES
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError, ExecutableError
 from elastic_jax.plan import Plan
 from elastic_jax.step import Bucket, ComputeDtype, StepConfig
 from elastic_jax.units import make_units, traced_source_digest
-
-FOLDER = "executables"
-"""Name of the folder of executables inside a checkpoint: <target>/<mode>/<pool>/ below it is one store."""
 
 _POOL = "kv"
 """What the name of a store's folder begins with; the slots of its pool follow."""
@@ -68,6 +67,7 @@ def default_step_config(
             f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"
         )
     buckets = _BUCKETS[platform]
+    attention, integer_dot = kernels.default_names(model, platform)
     return StepConfig(
         rows=max(bucket.generated for bucket in buckets),
         page_size=_PAGE_SIZE,
@@ -77,13 +77,14 @@ def default_step_config(
         max_bias=_MAX_BIAS,
         dtype=dtype,
         buckets=buckets,
-        attention="xla",
+        attention=attention,
+        integer_dot=integer_dot,
     )
 
 
 def store_folders(checkpoint: Path) -> list[Path]:
     """Every executable store of a checkpoint, whole or not; those being written are hidden folders."""
-    folders = (checkpoint / FOLDER).glob("*/*/*")
+    folders = (checkpoint / EXECUTABLES).glob("*/*/*")
     return sorted(folder for folder in folders if folder.is_dir() and not folder.name.startswith("."))
 
 
@@ -107,11 +108,13 @@ class ModeStore:
     def folder(self) -> Path:
         """Where the stores are; those of float32 stand beside the ordinary ones."""
         name = self.plan.name if self.dtype == "bfloat16" else f"{self.plan.name}.{self.dtype}"
-        return self.checkpoint.path / FOLDER / Target.of(self.device).folder / name
+        return self.checkpoint.executables_path / Target.of(self.device).folder / name
 
     @property
     def hint(self) -> str:
         """What to do if the store cannot be used."""
+        if self.checkpoint.home != self.checkpoint.path:
+            return 'To compile instead, load with on_missing="compile" (--on-missing compile)'
         options = "" if self.dtype == "bfloat16" else f" --dtype {self.dtype}"
         return (
             f"Compile with: elastic-jax compile {self.checkpoint.path} --mode {self.plan.name}{options}   "
@@ -211,7 +214,7 @@ class ModeStore:
             self.pool_folder(step.kv_slots),
             self.identity(step),
             self.device,
-            root=self.checkpoint.path,
+            root=self.checkpoint.home,
             units=None,
             trust=trust,
             workers=workers,
