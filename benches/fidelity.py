@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from environment import report
 
+from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
-from elastic_jax.kernels import attention_xla
 from elastic_jax.model import Mistral
 from elastic_jax.plan import MODES, Plan
 from elastic_jax.tokenizer import Tokenizer
@@ -36,14 +36,15 @@ from elastic_jax.weights import load_weights
 PAGE = 64
 
 
-def prompt_attention(query: Any, kv: Any, batch: TokenBatch) -> Any:
-    """Attention of prompt tokens, whatever role their products have."""
-    return attention_xla.attention(query, kv, dataclasses.replace(batch, generated=0))
-
-
 def logits_function(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str) -> Any:
     config = checkpoint.config
-    weights = load_weights(checkpoint, plan, dtype, jax.devices()[0], workers=2, progress=None)
+    device = jax.devices()[0]
+    weights = load_weights(checkpoint, plan, dtype, device, workers=2, progress=None)
+    attention, dot = kernels.default_names(config, device.platform)
+
+    def prompt_attention(query: Any, kv: Any, batch: TokenBatch) -> Any:
+        """Attention of prompt tokens, whatever role their products have."""
+        return kernels.attention(attention)(query, kv, dataclasses.replace(batch, generated=0))
 
     @jax.jit
     def logits(weights: Any, tokens: Any) -> Any:
@@ -60,7 +61,7 @@ def logits_function(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str) -
             generated=n if role == "generated" else 0,
             page_size=PAGE,
         )
-        model = Mistral(config, weights, attention=prompt_attention, dtype=jnp.dtype(dtype))
+        model = Mistral(config, weights, attention=prompt_attention, dot=kernels.dot(dot), dtype=jnp.dtype(dtype))
         x, _ = model(tokens, (cache,) * config.num_layers, batch)
         return model.logits(x)
 

@@ -1,8 +1,8 @@
 """The Mistral architecture in Flax NNX, over flat tokens and a paged KV cache.
 
 It is the model of Jiang et al. (arXiv:2310.06825) without sliding window: RMSNorm, rotary embedding, grouped-query
-attention, SwiGLU. This file knows no quantization, plan, mesh or compilation: a weight is whatever
-`quantization.dot` takes, and attention is whichever implementation the caller names.
+attention, SwiGLU. This file knows no quantization, plan, mesh or compilation: a weight is whatever the
+caller's dot takes, and dot and attention are whichever implementations the caller names.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,21 +17,24 @@ from jaxtyping import Array, Float, Float32, Int32
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.quantization import dot
 
 type Attention = Callable[[Array, Array, TokenBatch], Array]
 """(query [tokens, heads, dim], kv [slots, 2, kv_heads, dim], batch) -> float32 [tokens, heads, dim]."""
+
+type Dot = Callable[..., Array]
+"""(x [tokens, in], weight, *, generated) -> float32 [tokens, out]; see `quantization.dot`."""
 
 
 class Linear(nnx.Module):
     """A product with one group's weight, stored [out, in]."""
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: Any, dot: Dot) -> None:
         self.weight = weight if isinstance(weight, nnx.Param) else nnx.Param(weight)
+        self.dot = dot
 
     def __call__(self, x: Float[Array, "tokens in"], *, generated: int) -> Float32[Array, "tokens out"]:
         """Multiplies; the first `generated` rows are generated tokens."""
-        return dot(x, self.weight.get_value(), generated=generated)
+        return self.dot(x, self.weight.get_value(), generated=generated)
 
 
 class RMSNorm(nnx.Module):
@@ -70,10 +73,10 @@ def rotate(
 class SelfAttention(nnx.Module):
     """Grouped-query self-attention (Ainslie et al., arXiv:2305.13245) over the paged cache."""
 
-    def __init__(self, config: ModelConfig, qkv: Any, o: Any, attention: Attention) -> None:
+    def __init__(self, config: ModelConfig, qkv: Any, o: Any, attention: Attention, dot: Dot) -> None:
         self.config = config
-        self.qkv = Linear(qkv)
-        self.o = Linear(o)
+        self.qkv = Linear(qkv, dot)
+        self.o = Linear(o, dot)
         self.attention = attention
 
     def __call__(
@@ -102,9 +105,9 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU (Shazeer, arXiv:2002.05202)."""
 
-    def __init__(self, gate_up: Any, down: Any) -> None:
-        self.gate_up = Linear(gate_up)
-        self.down = Linear(down)
+    def __init__(self, gate_up: Any, down: Any, dot: Dot) -> None:
+        self.gate_up = Linear(gate_up, dot)
+        self.down = Linear(down, dot)
 
     def __call__(self, x: Float32[Array, "tokens hidden"], *, generated: int) -> Float32[Array, "tokens hidden"]:
         """down(silu(gate(x)) * up(x))."""
@@ -117,12 +120,14 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One transformer layer: attention and MLP, each on a normalized copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Any], layer: int, attention: Attention) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Any], layer: int, attention: Attention, dot: Dot
+    ) -> None:
         name = f"layers.{layer}"
         self.attention_norm = RMSNorm(weights[f"{name}.attention_norm"], config.rms_norm_eps)
-        self.attention = SelfAttention(config, weights[f"{name}.qkv"], weights[f"{name}.o"], attention)
+        self.attention = SelfAttention(config, weights[f"{name}.qkv"], weights[f"{name}.o"], attention, dot)
         self.mlp_norm = RMSNorm(weights[f"{name}.mlp_norm"], config.rms_norm_eps)
-        self.mlp = MLP(weights[f"{name}.gate_up"], weights[f"{name}.down"])
+        self.mlp = MLP(weights[f"{name}.gate_up"], weights[f"{name}.down"], dot)
 
     def __call__(
         self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Array, batch: TokenBatch
@@ -143,18 +148,19 @@ class Mistral(nnx.Module):
             by name (`weights.py` lists them); arrays, `QArray`s, or `jax.ShapeDtypeStruct`s. Without `lm_head`, it is
             the embedding (tied).
         attention: the implementation of attention.
+        dot: the implementation of products with weights.
         dtype: type of the residual stream.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Any], *, attention: Attention, dtype: jnp.dtype
+        self, config: ModelConfig, weights: Mapping[str, Any], *, attention: Attention, dot: Dot, dtype: jnp.dtype
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.embedding = nnx.Param(weights["embedding"])
-        self.layers = nnx.List([Block(config, weights, i, attention) for i in range(config.num_layers)])
+        self.layers = nnx.List([Block(config, weights, i, attention, dot) for i in range(config.num_layers)])
         self.final_norm = RMSNorm(weights["final_norm"], config.rms_norm_eps)
-        self.lm_head = Linear(weights.get(LM_HEAD, self.embedding))
+        self.lm_head = Linear(weights.get(LM_HEAD, self.embedding), dot)
 
     def __call__(
         self, token: Int32[Array, " tokens"], kv: tuple[Array, ...], batch: TokenBatch

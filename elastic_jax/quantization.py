@@ -9,11 +9,12 @@ What this file does not do: calibration, static activation scales, weights of fe
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8
 
 type Activations = Literal["a8", "a16"]
 """Width of a prompt token's activations; a generated token's are always 16-bit."""
@@ -84,26 +85,27 @@ def quantize_16bit(
     return high.astype(jnp.int8), (q - (high << 8)).astype(jnp.int8), scale
 
 
-def _integer_dot(x: Int8[Array, "rows in"], values: Int8[Array, "out in"]) -> Int32[Array, "rows out"]:
-    # int32 must be asked for: an int8 result takes a slow path on GPU. Sums fit: 32768 * 127 * 128 < 2**31.
-    return jax.lax.dot_general(x, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+type IntegerDot = Callable[[Array, Array, Array, Array], Array]
+"""(x int8 [rows, in], row_scales float32 [rows, 1], values int8 [out, in], scales float32 [out, 1]) -> float32
+[rows, out]: the product of `x * row_scales` and `values * scales`, by integer sums."""
 
 
-def _quantized_dot(x: Float[Array, "tokens in"], weight: QArray, wide: int) -> Float32[Array, "tokens out"]:
+def _quantized_dot(
+    x: Float[Array, "tokens in"], weight: QArray, wide: int, integer_dot: IntegerDot
+) -> Float32[Array, "tokens out"]:
     """The first `wide` tokens bring two planes each, the others one; all rows share one integer dot."""
     planes, scales = [], []
     if wide:
         high, low, scale = quantize_16bit(x[:wide])
         planes += [high, low]
-        scales.append(scale)
+        # 256 * high overflows int32 for wide K, so the planes are joined in float32.
+        scales += [256.0 * scale, scale]
     if wide < x.shape[0]:
         plane, scale = quantize_8bit(x[wide:])
         planes.append(plane)
         scales.append(scale)
-    sums = _integer_dot(jnp.concatenate(planes), weight.values).astype(jnp.float32)
-    # 256 * high overflows int32 for wide K, so the planes are joined in float32.
-    joined = jnp.concatenate([256.0 * sums[:wide] + sums[wide : 2 * wide], sums[2 * wide :]])
-    return joined * jnp.concatenate(scales) * weight.scales[:, 0][None, :]
+    out = integer_dot(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales)
+    return jnp.concatenate([out[:wide] + out[wide : 2 * wide], out[2 * wide :]])
 
 
 def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float32[Array, "tokens out"]:
@@ -118,7 +120,11 @@ def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> 
 
 
 def dot(
-    x: Float[Array, "tokens in"], weight: Float[Array, "out in"] | QArray, *, generated: int
+    x: Float[Array, "tokens in"],
+    weight: Float[Array, "out in"] | QArray,
+    *,
+    generated: int,
+    integer_dot: IntegerDot,
 ) -> Float32[Array, "tokens out"]:
     """Multiplies tokens by a weight stored [out, in]; the weight's type decides how.
 
@@ -126,11 +132,12 @@ def dot(
         x: activations, the generated tokens' rows first.
         weight: a float matrix (activations are cast to its dtype, sums are float32), or a `QArray`.
         generated: how many of the first rows are generated tokens.
+        integer_dot: the implementation of integer dots (`kernels.INTEGER_DOT`).
 
     Returns:
         float32 [tokens, out].
     """
     if isinstance(weight, QArray):
         wide = x.shape[0] if weight.prompt_activations == "a16" else generated
-        return _quantized_dot(x, weight, wide)
+        return _quantized_dot(x, weight, wide, integer_dot)
     return _plain_dot(x, weight)

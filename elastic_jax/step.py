@@ -21,7 +21,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.model import Mistral
-from elastic_jax.quantization import QArray, dot
+from elastic_jax.quantization import QArray
 from elastic_jax.sampling import SamplingInputs
 
 type Variant = Literal["greedy", "sampling", "score"]
@@ -67,6 +67,7 @@ class StepConfig:
         dtype: type of the residual stream, of unquantized products and of the KV cache.
         buckets: sizes of step.
         attention: name of the attention implementation (`kernels.ATTENTION`).
+        integer_dot: name of the implementation of integer dots (`kernels.INTEGER_DOT`).
     """
 
     rows: int
@@ -78,6 +79,7 @@ class StepConfig:
     dtype: ComputeDtype
     buckets: tuple[Bucket, ...]
     attention: str
+    integer_dot: str
 
     def __post_init__(self) -> None:
         """Refuses sizes that no engine could run on.
@@ -325,7 +327,7 @@ def score(
         part = dataclasses.replace(weight, values=rows(weight.values), scales=rows(weight.scales)) if isinstance(
             weight, QArray
         ) else rows(weight)  # fmt: skip
-        logits = dot(x, part, generated=p)
+        logits = model.lm_head.dot(x, part, generated=p)
         new = jnp.maximum(largest, jnp.max(logits, axis=1))
         total = total * jnp.exp(largest - new) + jnp.sum(jnp.exp(logits - new[:, None]), axis=1)
         here, at = jnp.max(logits, axis=1), jnp.argmax(logits, axis=1).astype(jnp.int32) + start

@@ -33,7 +33,8 @@ def step_name(bucket: Bucket, variant: steps.Variant) -> str:
 
 def build_model(config: ModelConfig, weights: dict[str, Any], step: StepConfig) -> Mistral:
     """The module over given weights: arrays, or shapes."""
-    return Mistral(config, weights, attention=kernels.attention(step.attention), dtype=jnp.dtype(step.dtype))
+    attention, dot = kernels.attention(step.attention), kernels.dot(step.integer_dot)
+    return Mistral(config, weights, attention=attention, dot=dot, dtype=jnp.dtype(step.dtype))
 
 
 def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
@@ -41,7 +42,7 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
 
     Raises:
         PlanError: the plan is for another model.
-        ConfigError: the attention implementation is unknown.
+        ConfigError: the step names an implementation that there is not.
     """
     leaves, graph, tree = flatten(build_model(config, abstract_weights(config, plan, step.dtype), step))
     state = steps.abstract_state(config, step)

@@ -8,17 +8,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Float32
 
 from elastic_jax.batch import TokenBatch
+from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.kernels.attention_pallas_blocks import power_of_two
 from elastic_jax.kernels.attention_pallas_generated import GeneratedTiles, attend_generated
 from elastic_jax.kernels.attention_pallas_prompt import PromptTiles, attend_prompt
-
-LEAST_CAPABILITY = 80
-"""Compute capability 8.0, Ampere: the first with bf16 tensor cores."""
+from elastic_jax.kernels.pallas_device import compute_capability
 
 _DIMS = (16, 32, 64, 128, 256)
 
@@ -42,7 +40,7 @@ def attention(
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernels need, or they are not made
             for these shapes and types.
     """
-    capability = _compute_capability()
+    capability = compute_capability("the attention called 'pallas'", _INSTEAD)
     generated, prompt = choose_tiles(capability, query, kv, batch)
     return run(query, kv, batch, generated, prompt, interpret=False)
 
@@ -92,13 +90,16 @@ def choose_tiles(capability: int, query: Array, kv: Array, batch: TokenBatch) ->
     return GeneratedTiles(block, 512, 4, stages), prompt
 
 
-def check_supported(query: Array, kv: Array) -> None:
-    """Refuses shapes and types that the kernels are not made for.
+def check_model(config: ModelConfig) -> None:
+    """Refuses models whose heads the kernels are not made for.
 
     Raises:
         ConfigError: it is so.
     """
-    heads, kv_heads, dim = query.shape[1], *kv.shape[2:]
+    _check_heads(config.num_heads, config.num_kv_heads, config.head_dim)
+
+
+def _check_heads(heads: int, kv_heads: int, dim: int) -> None:
     if dim not in _DIMS:
         raise ConfigError(f"the attention called 'pallas' takes heads of {_DIMS}, found {dim}; {_INSTEAD}")
     if heads % kv_heads or heads // kv_heads > 64:
@@ -106,25 +107,17 @@ def check_supported(query: Array, kv: Array) -> None:
             f"the attention called 'pallas' takes up to 64 query heads for each key-value head, found {heads} for "
             f"{kv_heads}; {_INSTEAD}"
         )
+
+
+def check_supported(query: Array, kv: Array) -> None:
+    """Refuses shapes and types that the kernels are not made for.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    _check_heads(query.shape[1], *kv.shape[2:])
     if query.dtype != kv.dtype or kv.dtype not in (jnp.bfloat16, jnp.float32):
         raise ConfigError(
             "the attention called 'pallas' takes bfloat16 or float32, the same for queries and cache; found "
             f"{query.dtype} and {kv.dtype}; {_INSTEAD}"
         )
-
-
-def _compute_capability() -> int:
-    """Of the device traced for, ten times its number.
-
-    Raises:
-        ConfigError: the kernels do not run on it.
-    """
-    need = "the attention called 'pallas' needs an NVIDIA GPU of compute capability 8.0 or newer"
-    try:
-        info = triton.get_gpu_info()
-    except ValueError as error:
-        raise ConfigError(f"{need}, and the program is for another device ({error}); {_INSTEAD}") from error
-    if info.compute_capability < LEAST_CAPABILITY:
-        found = info.compute_capability / 10
-        raise ConfigError(f"{need}, found {info.arch_name} ({found}); {_INSTEAD}")
-    return info.compute_capability

@@ -1,5 +1,6 @@
 """The 24-billion-parameter shape, without a single weight."""
 
+import dataclasses
 import functools
 import math
 
@@ -18,7 +19,9 @@ from elastic_jax.weights import abstract_weights, weight_bytes
 
 VOCAB, HIDDEN, LAYERS = 131072, 5120, 40
 PLANS = provisional_plans(MISTRAL_SMALL)
-STEP = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=None, max_context=None)
+DEFAULT = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=None, max_context=None)
+# Pallas's kernels are traced for a GPU only; they change no shape.
+STEP = dataclasses.replace(DEFAULT, attention="xla", integer_dot="xla")
 
 
 @functools.cache

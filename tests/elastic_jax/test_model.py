@@ -95,7 +95,7 @@ def test_norm_of_zeros_is_zero():
 def test_mlp_is_swiglu():
     rng = np.random.default_rng(3)
     x, gate_up, down = (rng.standard_normal(s).astype(np.float32) for s in ((5, 8), (24, 8), (8, 12)))
-    out = MLP(jnp.asarray(gate_up), jnp.asarray(down))(jnp.asarray(x), generated=2)
+    out = MLP(jnp.asarray(gate_up), jnp.asarray(down), kernels.dot("xla"))(jnp.asarray(x), generated=2)
     gate, up = np.split(x.astype(np.float64) @ gate_up.T, 2, axis=1)
     expected = (gate / (1 + np.exp(-gate)) * up) @ down.T
     np.testing.assert_allclose(np.asarray(out), expected, rtol=1e-5, atol=1e-5)
@@ -103,7 +103,7 @@ def test_mlp_is_swiglu():
 
 def test_linear_has_one_weight_out_first():
     weight = jnp.asarray(np.arange(6, dtype=np.float32).reshape(2, 3))
-    out = Linear(weight)(jnp.ones((4, 3)), generated=0)
+    out = Linear(weight, kernels.dot("xla"))(jnp.ones((4, 3)), generated=0)
     assert np.asarray(out).tolist() == [[3.0, 12.0]] * 4
 
 
@@ -123,7 +123,9 @@ def whole(request, checkpoint_of):
 
     @jax.jit
     def logits(weights, token, batch: TokenBatch):
-        model = Mistral(config, weights, attention=kernels.attention("xla"), dtype=jnp.dtype("float32"))
+        model = Mistral(
+            config, weights, attention=kernels.attention("xla"), dot=kernels.dot("xla"), dtype=jnp.dtype("float32")
+        )
         cache = jnp.zeros((STEP.kv_slots, 2, config.num_kv_heads, config.head_dim))
         x, kv = model(token, (cache,) * config.num_layers, batch)
         return model.logits(x), kv

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elastic_jax.quantization import QArray, dot, quantize, quantize_8bit, quantize_16bit
+from elastic_jax import kernels
+from elastic_jax.quantization import QArray, quantize, quantize_8bit, quantize_16bit
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -15,6 +16,7 @@ SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 quantize_a8 = jax.jit(lambda w: quantize(w, prompt_activations="a8"))
 jit_8bit = jax.jit(quantize_8bit)
 jit_16bit = jax.jit(quantize_16bit)
+dot = kernels.dot("xla")
 jit_dot = jax.jit(dot, static_argnames="generated")
 
 # One shape, so that hypothesis does not compile for each example.

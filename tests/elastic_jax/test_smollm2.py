@@ -17,13 +17,11 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.engine import Engine
 from elastic_jax.executables import default_step_config
-from elastic_jax.kernels import attention
-from elastic_jax.model import Mistral
 from elastic_jax.requests import GenerateRequest, SamplingParams, ScoreEvent, ScoreRequest
 from elastic_jax.runner import Runner
 from elastic_jax.step import Bucket, ComputeDtype, StepConfig
 from elastic_jax.tokenizer import Tokenizer
-from elastic_jax.units import make_units
+from elastic_jax.units import build_model, make_units
 from elastic_jax.weights import load_weights
 
 LONGEST = 384
@@ -196,7 +194,7 @@ def _log_probabilities(
             generated=0,
             page_size=page,
         )
-        model = Mistral(config, weights, attention=attention(sizes.attention), dtype=jnp.dtype(dtype))
+        model = build_model(config, weights, sizes)
         cache = jnp.zeros((LONGEST, 2, config.num_kv_heads, config.head_dim), jnp.dtype(dtype))
         x, _ = model(tokens, (cache,) * config.num_layers, batch)
         return jax.nn.log_softmax(model.logits(x), axis=-1)

@@ -254,9 +254,10 @@ def test_a_plan_for_another_model_is_refused(tiny):
         make_units(deeper, tiny.plan("M"), STEP)
 
 
-def test_an_unknown_attention_is_refused(tiny):
-    with pytest.raises(ConfigError, match="no attention implementation is called 'flash'"):
-        make_units(tiny.config, tiny.plan("M"), tiny_step_config(attention="flash"))
+@pytest.mark.parametrize(("field", "what"), [("attention", "attention"), ("integer_dot", "integer dot")])
+def test_an_unknown_implementation_is_refused(tiny, field, what):
+    with pytest.raises(ConfigError, match=f"no {what} implementation is called 'flash'"):
+        make_units(tiny.config, tiny.plan("M"), tiny_step_config(**{field: "flash"}))
 
 
 def test_the_source_digest_is_reproducible():

@@ -1,0 +1,184 @@
+"""The integer dot as a Pallas kernel (Triton backend) for NVIDIA GPUs: int8 tensor cores, scales in the epilogue.
+
+Its interface is `integer_dot_xla`'s; only the last rounding may differ. There is nothing in it for XLA to tune, so that
+a program compiled without the device is as fast as one compiled on it.
+
+A product of few rows is bound by reading the weight. Tiles of it are then the left operand, whose height the tensor
+cores fill, and the contraction is split among programs wherever the outputs alone would leave multiprocessors idle.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float32, Int8
+
+from elastic_jax.config import ModelConfig
+from elastic_jax.errors import ConfigError
+from elastic_jax.groups import model_groups
+from elastic_jax.kernels.pallas_device import compute_capability
+
+_NAME = "the integer dot called 'pallas'"
+
+_INSTEAD = "use the one called 'xla' instead"
+
+_LEAST_OUT, _LEAST_IN = 16, 32
+"""The smallest tile of the tensor cores."""
+
+_PROGRAMS = 396
+"""Programs that fill a device, three on each of an H200's multiprocessors; smaller devices queue them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DotTiles:
+    """Sizes of the kernel; all but `warps` and `stages` are powers of two or divide their axis.
+
+    Attributes:
+        rows: rows a program.
+        out: outputs a program.
+        contracted: length of the contraction that is read at once.
+        splits: programs that share one contraction.
+        warps: warps a program.
+        stages: tiles in flight a program.
+        weight_first: whether the weight is the tensor cores' left operand.
+    """
+
+    rows: int
+    out: int
+    contracted: int
+    splits: int
+    warps: int
+    stages: int
+    weight_first: bool
+
+
+def integer_dot(
+    x: Int8[Array, "rows in"],
+    row_scales: Float32[Array, "rows 1"],
+    values: Int8[Array, "out in"],
+    scales: Float32[Array, "out 1"],
+) -> Float32[Array, "rows out"]:
+    """`(x * row_scales) @ (values * scales).T`, with exact integer sums.
+
+    Raises:
+        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
+            divide into its tiles.
+    """
+    compute_capability(_NAME, _INSTEAD)
+    return run(x, row_scales, values, scales, choose_tiles(x.shape[0], *values.shape), interpret=False)
+
+
+# Jitted, so that a model's layers trace and lower the kernel once.
+@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+def run(
+    x: Int8[Array, "rows in"],
+    row_scales: Float32[Array, "rows 1"],
+    values: Int8[Array, "out in"],
+    scales: Float32[Array, "out 1"],
+    tiles: DotTiles,
+    *,
+    interpret: bool,
+) -> Float32[Array, "rows out"]:
+    """`integer_dot` with a given size of tiles, or in Pallas's interpreter, which runs anywhere."""
+    rows, contraction = x.shape
+    out = values.shape[0]
+    check_tiles(tiles, out, contraction)
+    missing = -rows % tiles.rows
+    if missing:  # of the activations, which are small; the weight is never copied
+        x, row_scales = (jnp.pad(array, ((0, missing), (0, 0))) for array in (x, row_scales))
+    partial = pallas.pallas_call(
+        functools.partial(integer_dot_kernel, tiles=tiles),
+        # Programs that start together read the same weights.
+        grid=(x.shape[0] // tiles.rows, out // tiles.out, tiles.splits),
+        out_shape=jax.ShapeDtypeStruct((tiles.splits, rows, out), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+    )(x, row_scales, values, scales)
+    return partial[0] if tiles.splits == 1 else jnp.sum(partial, axis=0)
+
+
+def integer_dot_kernel(
+    x_ref: Any, row_scales_ref: Any, values_ref: Any, scales_ref: Any, out_ref: Any, *, tiles: DotTiles
+) -> None:
+    """The kernel: one tile of outputs, over one part of the contraction. Profilers show its name."""
+    row_tile, out_tile, split = (pallas.program_id(axis) for axis in range(3))
+    row = row_tile * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
+    out = out_tile * tiles.out + jnp.arange(tiles.out, dtype=jnp.int32)
+    steps = values_ref.shape[1] // (tiles.contracted * tiles.splits)
+
+    def each_step(step: Array, sums: Array) -> Array:
+        at = (split * steps + step) * tiles.contracted + jnp.arange(tiles.contracted, dtype=jnp.int32)
+        x = triton.load(x_ref.at[row[:, None], at[None, :]])
+        values = triton.load(values_ref.at[out[:, None], at[None, :]])
+        operands = (values, x) if tiles.weight_first else (x, values)
+        product = jax.lax.dot_general(*operands, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        return sums + product
+
+    shape = (tiles.out, tiles.rows) if tiles.weight_first else (tiles.rows, tiles.out)
+    sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), each_step, jnp.zeros(shape, jnp.int32))
+    sums = sums.T if tiles.weight_first else sums
+    first = jnp.zeros(1, jnp.int32)
+    row_scales = triton.load(row_scales_ref.at[row[:, None], first[None, :]])
+    scales = triton.load(scales_ref.at[out[:, None], first[None, :]]).T
+    place = out_ref.at[split, row[:, None], out[None, :]]
+    scaled = sums.astype(jnp.float32) * row_scales * scales
+    if out_ref.shape[1] % tiles.rows:
+        triton.store(place, scaled, mask=jnp.broadcast_to((row < out_ref.shape[1])[:, None], scaled.shape))
+    else:
+        triton.store(place, scaled)
+
+
+def choose_tiles(rows: int, out: int, contraction: int) -> DotTiles:
+    """Sizes of the kernel for a product; `benches/integer_dot.py` measures them.
+
+    Raises:
+        ConfigError: the sizes do not divide into tiles.
+    """
+    few = rows <= 64
+    height = max(16, 1 << (rows - 1).bit_length()) if few else 128
+    width = min(_power_of_two_in(out), 64 if few else 128)
+    depth = min(_power_of_two_in(contraction), 256 if few else 128)
+    programs = -(-rows // height) * (out // width)
+    splits = 1
+    while (
+        programs * splits < _PROGRAMS
+        and contraction % (depth * splits * 2) == 0
+        and contraction // (depth * splits) > 4
+    ):
+        splits *= 2
+    tiles = DotTiles(height, width, depth, splits, 4, 4 if few else 3, few)
+    check_tiles(tiles, out, contraction)
+    return tiles
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuses models whose weights do not divide into tiles.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    for group in model_groups(config).values():
+        choose_tiles(1, group.out_size, group.in_size)
+
+
+def _power_of_two_in(n: int) -> int:
+    """The largest power of two that divides a number."""
+    return n & -n
+
+
+def check_tiles(tiles: DotTiles, out: int, contraction: int) -> None:
+    """Refuses sizes that do not divide into tiles.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    fits = out % tiles.out == 0 and contraction % (tiles.contracted * tiles.splits) == 0
+    if not fits or tiles.out < _LEAST_OUT or tiles.contracted < _LEAST_IN:
+        raise ConfigError(
+            f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}; found "
+            f"[{out}, {contraction}] with {tiles}; {_INSTEAD}"
+        )

@@ -1,0 +1,95 @@
+"""In Pallas's interpreter, which runs the kernel's arithmetic; `gpu` tests run it compiled."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import MISTRAL_SMALL
+
+from elastic_jax import kernels
+from elastic_jax.errors import ConfigError
+from elastic_jax.groups import model_groups
+from elastic_jax.kernels import integer_dot_pallas
+from elastic_jax.kernels.integer_dot_pallas import DotTiles, choose_tiles
+
+
+def operands(rows, out, contraction, seed=0):
+    rng = np.random.default_rng(seed)
+    x, values = (rng.integers(-128, 128, (n, contraction)).astype(np.int8) for n in (rows, out))
+    row_scales, scales = (rng.uniform(0.01, 2, (n, 1)).astype(np.float32) for n in (rows, out))
+    return tuple(jnp.asarray(array) for array in (x, row_scales, values, scales))
+
+
+def exact(*arrays):
+    x, row_scales, values, scales = (np.asarray(array) for array in arrays)
+    return (x.astype(np.float64) @ values.astype(np.float64).T) * row_scales * scales.T
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 65, 130])
+def test_equals_the_reference(rows):
+    arrays = operands(rows, 192, 320)
+    out = integer_dot_pallas.run(*arrays, choose_tiles(rows, 192, 320), interpret=True)
+    np.testing.assert_allclose(np.asarray(out), exact(*arrays), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(out), np.asarray(kernels.INTEGER_DOT["xla"](*arrays)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_parts_of_the_contraction_add_up(splits, weight_first):
+    arrays = operands(5, 64, 256)
+    tiles = DotTiles(16, 32, 64, splits, 4, 2, weight_first)
+    np.testing.assert_allclose(
+        np.asarray(integer_dot_pallas.run(*arrays, tiles, interpret=True)), exact(*arrays), rtol=1e-5, atol=1e-2
+    )
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_any_size_that_divides(rows, out, contraction, seed):
+    arrays = operands(rows, 16 * out, 32 * contraction, seed)
+    found = integer_dot_pallas.run(*arrays, choose_tiles(rows, 16 * out, 32 * contraction), interpret=True)
+    np.testing.assert_allclose(np.asarray(found), exact(*arrays), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 128, 1152, 4096, 8192])
+def test_tiles_divide_every_weight_of_mistral_small(rows):
+    for group in set(model_groups(MISTRAL_SMALL).values()):
+        tiles = choose_tiles(rows, group.out_size, group.in_size)
+        assert group.out_size % tiles.out == 0
+        assert group.in_size % (tiles.contracted * tiles.splits) == 0
+        # Few rows are bound by reading the weight, and many programs must read it.
+        programs = -(-rows // tiles.rows) * (group.out_size // tiles.out) * tiles.splits
+        assert programs >= 264
+
+
+@pytest.mark.parametrize(("out", "contraction"), [(24, 64), (64, 48)])
+def test_sizes_that_do_not_divide_are_refused(out, contraction):
+    with pytest.raises(
+        ConfigError, match=r"outputs divide by 16 and whose inputs divide by 32.*use the one called 'xla'"
+    ):
+        choose_tiles(2, out, contraction)
+
+
+def test_it_refuses_to_be_traced_for_the_cpu():
+    with pytest.raises(ConfigError, match=r"needs an NVIDIA GPU of compute capability 8\.0"):
+        jax.eval_shape(kernels.INTEGER_DOT["pallas"], *operands(2, 64, 64))
+
+
+def test_the_default_falls_back_where_sizes_do_not_divide():
+    assert kernels.default_names(MISTRAL_SMALL, "gpu") == ("pallas", "pallas")
+    assert kernels.default_names(MISTRAL_SMALL, "cpu") == ("xla", "xla")
+    odd = dataclasses.replace(MISTRAL_SMALL, intermediate_size=1000, head_dim=80)
+    assert kernels.default_names(odd, "gpu") == ("xla", "xla")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 32, 64, 100, 128, 1152])
+def test_compiled_equals_the_reference(rows):
+    arrays = operands(rows, 5120, 4096)
+    out = jax.jit(kernels.INTEGER_DOT["pallas"])(*arrays)
+    expected = exact(*arrays)
+    assert np.abs(np.asarray(out) - expected).max() <= 1e-6 * np.abs(expected).max()
