@@ -107,5 +107,7 @@ def traced_source_digest() -> str:
     """sha256 over the sources that decide what is traced: executables made from other sources are refused."""
     package = Path(__file__).parent
     names = ("batch", "model", "quantization", "sampling", "step", "units", "weights", "groups")
-    files = [package / f"{name}.py" for name in names] + sorted((package / "kernels").rglob("*.py"))
+    files = [package / f"{name}.py" for name in names] + sorted(
+        path for path in (package / "kernels").rglob("*") if path.suffix in (".py", ".json")
+    )
     return source_digest(files, relative_to=package)

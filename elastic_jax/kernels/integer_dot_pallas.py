@@ -9,6 +9,8 @@ cores fill, and the contraction is split among programs wherever the outputs alo
 
 import dataclasses
 import functools
+import json
+from importlib import resources
 from typing import Any
 
 import jax
@@ -68,8 +70,8 @@ def integer_dot(
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
             divide into its tiles.
     """
-    compute_capability(_NAME, _INSTEAD)
-    return run(x, row_scales, values, scales, choose_tiles(x.shape[0], *values.shape), interpret=False)
+    capability = compute_capability(_NAME, _INSTEAD)
+    return run(x, row_scales, values, scales, choose_tiles(capability, x.shape[0], *values.shape), interpret=False)
 
 
 # Jitted, so that a model's layers trace and lower the kernel once.
@@ -132,27 +134,51 @@ def integer_dot_kernel(
         triton.store(place, scaled)
 
 
-def choose_tiles(rows: int, out: int, contraction: int) -> DotTiles:
-    """Sizes of the kernel for a product; `benches/integer_dot.py` measures them.
+def choose_tiles(capability: int, rows: int, out: int, contraction: int) -> DotTiles:
+    """Sizes of the kernel for a product: measured ones (`integer_dot_tiles.json`) where there are some.
+
+    Args:
+        capability: the GPU's compute capability, ten times its number.
+        rows: rows of activations.
+        out: outputs.
+        contraction: length of the contraction.
 
     Raises:
         ConfigError: the sizes do not divide into tiles.
     """
+    measured = _measured_tiles().get((capability, out, contraction), {})
+    bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
+    tiles = usual_tiles(rows, out, contraction) if bound is None else measured[bound]
+    check_tiles(tiles, out, contraction)
+    return tiles
+
+
+@functools.cache
+def _measured_tiles() -> dict[tuple[int, int, int], dict[int, DotTiles]]:
+    """(compute capability, outputs, contraction) -> the most rows that tiles were chosen for -> tiles."""
+    table: dict[tuple[int, int, int], dict[int, DotTiles]] = {}
+    for entry in json.loads(resources.files(__package__).joinpath("integer_dot_tiles.json").read_text()):
+        key = entry["capability"], entry["out"], entry["contraction"]
+        table.setdefault(key, {})[entry["rows"]] = DotTiles(**entry["tiles"])
+    return table
+
+
+def usual_tiles(rows: int, out: int, contraction: int) -> DotTiles:
+    """Sizes of the kernel for a product that nobody has measured; they may not divide it."""
     few = rows <= 64
     height = max(16, 1 << (rows - 1).bit_length()) if few else 128
     width = min(_power_of_two_in(out), 64 if few else 128)
     depth = min(_power_of_two_in(contraction), 256 if few else 128)
-    programs = -(-rows // height) * (out // width)
+    splits = split_contraction(-(-rows // height) * (out // width), depth, contraction, _PROGRAMS)
+    return DotTiles(height, width, depth, splits, 4, 4 if few else 3, few)
+
+
+def split_contraction(programs: int, depth: int, contraction: int, wanted: int) -> int:
+    """Into how many parts to split a contraction so that there are enough programs, each of at least four steps."""
     splits = 1
-    while (
-        programs * splits < _PROGRAMS
-        and contraction % (depth * splits * 2) == 0
-        and contraction // (depth * splits) > 4
-    ):
+    while programs * splits < wanted and contraction % (2 * splits * depth) == 0 and 8 * splits * depth <= contraction:
         splits *= 2
-    tiles = DotTiles(height, width, depth, splits, 4, 4 if few else 3, few)
-    check_tiles(tiles, out, contraction)
-    return tiles
+    return splits
 
 
 def check_model(config: ModelConfig) -> None:
@@ -162,7 +188,7 @@ def check_model(config: ModelConfig) -> None:
         ConfigError: it is so.
     """
     for group in model_groups(config).values():
-        choose_tiles(1, group.out_size, group.in_size)
+        check_tiles(usual_tiles(1, group.out_size, group.in_size), group.out_size, group.in_size)
 
 
 def _power_of_two_in(n: int) -> int:

@@ -32,7 +32,7 @@ def exact(*arrays):
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 65, 130])
 def test_equals_the_reference(rows):
     arrays = operands(rows, 192, 320)
-    out = integer_dot_pallas.run(*arrays, choose_tiles(rows, 192, 320), interpret=True)
+    out = integer_dot_pallas.run(*arrays, choose_tiles(90, rows, 192, 320), interpret=True)
     np.testing.assert_allclose(np.asarray(out), exact(*arrays), rtol=1e-6)
     np.testing.assert_allclose(np.asarray(out), np.asarray(kernels.INTEGER_DOT["xla"](*arrays)), rtol=1e-6)
 
@@ -51,14 +51,14 @@ def test_parts_of_the_contraction_add_up(splits, weight_first):
 @settings(max_examples=15, deadline=None)
 def test_any_size_that_divides(rows, out, contraction, seed):
     arrays = operands(rows, 16 * out, 32 * contraction, seed)
-    found = integer_dot_pallas.run(*arrays, choose_tiles(rows, 16 * out, 32 * contraction), interpret=True)
+    found = integer_dot_pallas.run(*arrays, choose_tiles(90, rows, 16 * out, 32 * contraction), interpret=True)
     np.testing.assert_allclose(np.asarray(found), exact(*arrays), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 32, 128, 1152, 4096, 8192])
 def test_tiles_divide_every_weight_of_mistral_small(rows):
     for group in set(model_groups(MISTRAL_SMALL).values()):
-        tiles = choose_tiles(rows, group.out_size, group.in_size)
+        tiles = choose_tiles(90, rows, group.out_size, group.in_size)
         assert group.out_size % tiles.out == 0
         assert group.in_size % (tiles.contracted * tiles.splits) == 0
         # Few rows are bound by reading the weight, and many programs must read it.
@@ -71,7 +71,7 @@ def test_sizes_that_do_not_divide_are_refused(out, contraction):
     with pytest.raises(
         ConfigError, match=r"outputs divide by 16 and whose inputs divide by 32.*use the one called 'xla'"
     ):
-        choose_tiles(2, out, contraction)
+        choose_tiles(90, 2, out, contraction)
 
 
 def test_it_refuses_to_be_traced_for_the_cpu():
