@@ -9,7 +9,7 @@ from converters.hub import resolve
 from converters.huggingface import open_folder
 from converters.source import Source
 from elastic_jax.errors import ConversionError
-from elastic_jax.hub_access import is_hub_id
+from elastic_jax.hub_id import is_hub_id
 
 _PICKLES = (".bin", ".pt", ".pth")
 

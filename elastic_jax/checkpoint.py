@@ -124,7 +124,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"mode {plan.name!r} reads {len(missing)} groups in {precisions}, which {self.path} does not hold "
                 f"(the first: {missing[0][0]}): convert the source again without --only, or use a mode that needs "
-                f"only what is stored: {self._possible_modes() or 'there is none'}"
+                f"only what is stored: {[plan.name for plan in self.stored_plans()] or 'there is none'}"
             )
         return wanted
 
@@ -181,6 +181,20 @@ class Checkpoint:
             PlanError: a plan file is damaged or is for another model.
         """
         return {path.stem: self.plan(path.stem) for path in sorted((self.path / PLANS).glob("*.json"))}
+
+    def stored_plans(self) -> list[Plan]:
+        """The plans whose weights are all stored: a conversion with `--only` leaves some without.
+
+        Raises:
+            PlanError: a plan file is damaged or is for another model.
+        """
+        tied = {(LM_HEAD, "bf16")} if self.config.tie_word_embeddings else set()
+        stored = set(self.manifest.folders) | tied
+        return [
+            plan
+            for plan in self.plans().values()
+            if {(group, stored_precision(choice)) for group, choice in plan.choices.items()} <= stored
+        ]
 
     def plan(self, mode: str) -> Plan:
         """The plan of a mode.
@@ -242,15 +256,6 @@ class Checkpoint:
             stored = sorted(other for stored_name, other in self.manifest.folders if stored_name == name)
             raise CheckpointError(f"{self.path} does not hold {name} in {precision}; precisions stored: {stored}")
         return folder
-
-    def _possible_modes(self) -> list[str]:
-        possible = []
-        for mode, plan in self.plans().items():
-            needed = {(group, stored_precision(choice)) for group, choice in plan.choices.items()}
-            tied = {(LM_HEAD, "bf16")} if self.config.tie_word_embeddings else set()
-            if needed - tied <= set(self.manifest.folders):
-                possible.append(mode)
-        return possible
 
     def _restore_folder(self, folder: FolderName, place: jax.sharding.Sharding) -> dict[str, jax.Array]:
         expected = self._folder(*folder).leaves

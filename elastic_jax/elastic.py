@@ -14,9 +14,10 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.delivery import Delivery
 from elastic_jax.device import default_device
 from elastic_jax.engine import Engine
-from elastic_jax.errors import ConfigError, RequestError
+from elastic_jax.errors import CheckpointError, ConfigError, RequestError
 from elastic_jax.executables import ModeStore
 from elastic_jax.generation import AnswerText, Piece
+from elastic_jax.hub_id import is_remote
 from elastic_jax.loading import OnMissing, Say, plan_load, usable_sizes
 from elastic_jax.memory import MemoryPlan
 from elastic_jax.plan import Plan
@@ -91,6 +92,8 @@ class ElasticMistral:
         max_context: int | None = None,
         device: Device | None = None,
         trust: bool = False,
+        revision: str | None = None,
+        token: str | None = None,
         preload: bool = True,
         workers: int | None = None,
         say: Say | None = None,
@@ -98,19 +101,24 @@ class ElasticMistral:
         """Loads a mode: its arrays, and its executables for this device. Nothing is traced or compiled.
 
         Args:
-            path: an Elastic checkpoint.
+            path: an Elastic checkpoint; or, where there is no such folder, a Hub id `owner/name`, of which only what
+                the mode needs is downloaded.
             mode: one of its modes.
             on_missing: what to do without fitting executables: raise, or compile and store them, and say so.
             dtype: compute type, bfloat16 by default; float32 is for checks.
             max_context: longest context of a sequence in tokens; by default what the executables were compiled for.
             device: the device; JAX's first by default.
-            trust: load executables that somebody else may have written. They are native code.
+            trust: load executables that somebody else may have written. They are native code. Without it, a mode from
+                the Hub is compiled into your own cache, whatever `on_missing` says.
+            revision: branch, tag or commit of a Hub id; the default branch by default.
+            token: for private repositories of the Hub; the one that `hf auth login` stored by default.
             preload: open all executables now; otherwise each is opened when it is first used, and only verified now.
             workers: threads for reading and loading; by default one per processor core, 16 at most.
             say: is told what is being compiled; prints to standard error by default.
 
         Raises:
             CheckpointError: there is no complete checkpoint, or it lacks what the mode reads.
+            HubError: it is on the Hub, and cannot be had.
             PlanError: there is no such mode.
             ExecutableError: executables are missing, damaged, made for something else (`MismatchError`), or not to be
                 trusted (`TrustError`).
@@ -120,10 +128,29 @@ class ElasticMistral:
             raise ConfigError(f'on_missing must be "error" or "compile", found {on_missing!r}')
         if dtype not in (None, "bfloat16", "float32"):
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
-        checkpoint = Checkpoint.open(path)
+        device = device if device is not None else default_device()
+        if is_remote(path):
+            from elastic_jax.hub_load import fetch_mode  # the Hub's client takes long to import
+
+            fetched = fetch_mode(
+                str(path),
+                mode,
+                dtype=dtype or "bfloat16",
+                device=device,
+                max_context=max_context,
+                on_missing=on_missing,
+                revision=revision,
+                token=token,
+                trust=trust,
+                say=say or _say,
+            )
+            checkpoint, on_missing = fetched.checkpoint, fetched.on_missing
+        elif revision is not None:
+            raise CheckpointError(f"revision {revision!r} was asked for, but {path} is no Hub id: leave it out")
+        else:
+            checkpoint = Checkpoint.open(path)
         plan = checkpoint.plan(mode)
         checkpoint.folders(plan)  # executables would be of no use without the weights
-        device = device if device is not None else default_device()
         threads = workers if workers is not None else min(os.cpu_count() or 1, 16)
         store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
         step = usable_sizes(store, on_missing, max_context, workers=threads, say=say or _say)

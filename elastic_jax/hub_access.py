@@ -1,8 +1,7 @@
-"""Access to the Hugging Face Hub: ids, one commit for every file, downloads into the Hub's cache, and plain errors."""
+"""Access to the Hugging Face Hub: one commit for every file, downloads into the Hub's cache, and plain errors."""
 
 import contextlib
 import dataclasses
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,6 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from elastic_jax.errors import HubError
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a text has the form `owner/name`; whether there is such a repository is another question."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def test_one_commit_serves_every_file_and_only_needed_files_are_fetched(hub, rep
     assert TOKEN.encode() not in (tmp_path / "out" / "elastic.json").read_bytes()
 
 
-def test_a_branch_that_moves_meanwhile_changes_nothing(hub, repository, tmp_path):
+def test_a_branch_that_moves_meanwhile_changes_nothing(hub, repository):
     location = locate("owner/name", revision="v1", token=None)
     repository.branches["v1"] = repository.branches["main"]
     source = location.open()

@@ -1,7 +1,7 @@
 """A Hub on this machine: huggingface_hub's own client pushes to it and downloads from it, over HTTP.
 
-It speaks the part of the Hub's protocol that models need: creating repositories and branches, uploads of ordinary and of
-large files, commits, listings, downloads. No Xet storage: the client is told not to use it.
+It speaks the part of the Hub's protocol that models need: creating repositories and branches, uploads of ordinary and
+of large files, commits, listings, downloads. No Xet storage: the client is told not to use it.
 """
 
 import base64
