@@ -1,14 +1,17 @@
 """Models with random weights, made on the device in seconds: for measuring shapes whose weights are not at hand.
 
-They go through the same code as real ones: `abstract_weights` says what a plan needs, and only the numbers are drawn.
+They go through the same code as real ones: `abstract_weights` says what a plan needs, units are compiled and stored as
+the model's are, and only the numbers are drawn.
 """
 
-import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from aot_cache.unit import Unit
 from elastic_jax.config import ModelConfig
 from elastic_jax.plan import Plan
 from elastic_jax.step import ComputeDtype
@@ -33,7 +36,28 @@ MISTRAL_SMALL = ModelConfig(
 """Mistral-Small-3.1-24B's language model."""
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+type Draw = Mapping[str, Callable[[Any], Any]]
+"""Unit's name -> (key uint32 [4]) -> (array,)."""
+
+
+def draw_units(config: ModelConfig, plan: Plan, dtype: ComputeDtype) -> list[Unit]:
+    """One unit for each shape of weight: compiled and stored like the model's own, so that a process that may not
+    compile can draw its weights."""
+    leaves = jax.tree.leaves(abstract_weights(config, plan, dtype))
+    return [_draw_unit(leaf) for leaf in {_name(leaf): leaf for leaf in leaves}.values()]
+
+
+def _name(leaf: Any) -> str:
+    return f"draw.{leaf.dtype}.{'x'.join(map(str, leaf.shape))}"
+
+
+def _draw_unit(leaf: Any) -> Unit:
+    def draw(data: Any) -> tuple[Any]:
+        return (_draw(jax.random.wrap_key_data(data, impl="unsafe_rbg"), leaf.shape, leaf.dtype),)
+
+    return Unit(_name(leaf), draw, (jax.ShapeDtypeStruct((4,), jnp.uint32),), (), {})
+
+
 def _draw(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if dtype == jnp.int8:
         return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8) // jnp.int8(2)
@@ -44,11 +68,22 @@ def _draw(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return (0.02 * jax.random.normal(key, shape, jnp.bfloat16)).astype(dtype)
 
 
-def random_weights(config: ModelConfig, plan: Plan, dtype: ComputeDtype, device: Any, *, seed: int) -> Weights:
-    """Weights of standard deviation 0.02 on a device; never zeros, which run faster than real ones."""
+def random_weights(config: ModelConfig, plan: Plan, dtype: ComputeDtype, draw: Draw, *, seed: int) -> Weights:
+    """Weights of standard deviation 0.02 on a device; never zeros, which run faster than real ones.
+
+    Args:
+        config: the model.
+        plan: a choice for each group.
+        dtype: type of unquantized weights.
+        draw: `draw_units`, loaded, or `jitted`.
+        seed: of all numbers.
+    """
     leaves, tree = jax.tree.flatten(abstract_weights(config, plan, dtype))
-    rng = "unsafe_rbg" if device.platform == "gpu" else "threefry2x32"
-    with jax.default_device(device):
-        keys = [jax.random.key(seed * len(leaves) + i, impl=rng) for i in range(len(leaves))]
-        drawn = [_draw(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    drawn = [draw[_name(leaf)](np.array([seed, i, 1, 2], np.uint32))[0] for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, jax.block_until_ready(drawn))
+
+
+def jitted(units: Iterable[Unit], device: Any) -> Draw:
+    """Units that compile when they are called, for processes that may."""
+    here = jax.sharding.SingleDeviceSharding(device)
+    return {unit.name: jax.jit(unit.function, out_shardings=here) for unit in units}
