@@ -13,7 +13,6 @@ import json
 import shlex
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -33,18 +32,20 @@ from elastic_jax.checkpoint_format import (
     FolderName,
     Manifest,
 )
-from elastic_jax.checkpoint_io import describe_file, read_arrays
+from elastic_jax.checkpoint_io import describe_file
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import CheckpointError, PlanError
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.plan import Plan, read_plan, stored_precision
+from elastic_jax.reading import read_to_device
+from elastic_jax.stored_array import DamagedArrayError, StoredArray
 
 
 class Progress(Protocol):
     """Is told how far a long operation is; called by one thread at a time."""
 
     def __call__(self, done: int, total: int, name: str, /) -> None:
-        """`done` of `total` bytes; `name` is the folder just finished or being worked on."""
+        """`done` of `total` bytes; `name` is what was just finished or is being worked on."""
 
 
 class Checkpoint:
@@ -147,32 +148,41 @@ class Checkpoint:
         device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
         workers: int,
         progress: Progress | None = None,
+        stop: threading.Event | None = None,
     ) -> dict[FolderName, dict[str, jax.Array]]:
-        """Reads folders to a device, several at once; traces and compiles nothing.
+        """Reads folders to a device by many threads, the largest array first; traces and compiles nothing.
 
         Args:
             folders: what to read; nothing else is opened.
             device: where the arrays go.
-            workers: folders being read at the same time; each needs host memory for its arrays.
+            workers: threads.
             progress: is told about bytes of arrays.
+            stop: ends the reading when set.
 
         Raises:
             CheckpointError: a folder is not stored, cannot be read, or holds something else than elastic.json says.
+                Nothing is left on the device then.
+            Cancelled: `stop` was set.
         """
-        wanted, place = list(folders), jax.sharding.SingleDeviceSharding(device)
-        total, done, lock = sum(self._folder(*folder).nbytes for folder in wanted), 0, threading.Lock()
+        wanted = list(folders)
+        arrays: dict[tuple[FolderName, str], StoredArray] = {}
+        done = 0
 
-        def read(folder: FolderName) -> dict[str, jax.Array]:
+        def arrived(key: tuple[FolderName, str], nbytes: int) -> None:
             nonlocal done
-            arrays = self._restore_folder(folder, place)
-            with lock:
-                done += self._folder(*folder).nbytes
-                if progress is not None:
-                    progress(done, total, "/".join(folder))
-            return arrays
+            done += nbytes
+            if progress is not None:
+                progress(done, sum(array.nbytes for array in arrays.values()), "/".join((*key[0], key[1])))
 
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            return dict(zip(wanted, pool.map(read, wanted), strict=True))
+        try:
+            for folder in wanted:
+                path = self.path / WEIGHTS / Path(*folder)
+                for name, struct in self.leaves(*folder).items():
+                    arrays[folder, name] = StoredArray.open(path / name, struct)
+            read = read_to_device(arrays, device, workers=workers, stop=stop or threading.Event(), arrived=arrived)
+        except DamagedArrayError as error:
+            raise CheckpointError(f"{error}; `elastic-jax verify {self.path}` lists the damaged files") from None
+        return {folder: {name: read[folder, name] for name in self.leaves(*folder)} for folder in wanted}
 
     def plans(self) -> dict[str, Plan]:
         """Every plan that is stored, by name.
@@ -256,24 +266,6 @@ class Checkpoint:
             stored = sorted(other for stored_name, other in self.manifest.folders if stored_name == name)
             raise CheckpointError(f"{self.path} does not hold {name} in {precision}; precisions stored: {stored}")
         return folder
-
-    def _restore_folder(self, folder: FolderName, place: jax.sharding.Sharding) -> dict[str, jax.Array]:
-        expected = self._folder(*folder).leaves
-        path = self.path / WEIGHTS / Path(*folder)
-        try:
-            found = read_arrays(path.absolute(), {name: leaf.struct for name, leaf in expected.items()})
-        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-            raise CheckpointError(f"{path} cannot be read: {error}; `verify` lists the damaged files") from error
-        arrays = {}
-        for name, leaf in expected.items():
-            if (found[name].shape, found[name].dtype) != (leaf.shape, leaf.struct.dtype):
-                raise CheckpointError(
-                    f"{path}: {name} should be {leaf.dtype}{list(leaf.shape)}, "
-                    f"found {found[name].dtype}{list(found[name].shape)}; `verify` lists the damaged files"
-                )
-            # Waiting here bounds the host memory of copies to the number of workers.
-            arrays[name] = jax.device_put(found[name], place).block_until_ready()
-        return arrays
 
 
 def some_of(problems: list[str]) -> str:

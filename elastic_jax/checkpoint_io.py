@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from elastic_jax.checkpoint_format import FileRecord
 
@@ -103,6 +101,9 @@ def write_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> dict[str, File
     Returns:
         Path below the folder -> size and sha256, read back from the files.
     """
+    import orbax.checkpoint as ocp  # takes long, and nothing that loads a model writes arrays
+    from etils import epath
+
     # Orbax's default, OCDBT, is slower here and names its files at random. The handler is used alone because the
     # checkpointer around it adds files with times in them; atomicity is new_folder's part.
     with new_folder(path) as partial:
@@ -129,19 +130,3 @@ def _chunk_bytes(array: np.ndarray) -> int | None:
     if halvings == 0 or any(size % (1 << halvings) for size in array.shape):
         return None
     return array.nbytes >> halvings
-
-
-def read_arrays(path: Path, names: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Reads the named arrays of an Orbax checkpoint.
-
-    Raises:
-        Whatever Orbax raises for missing or damaged files.
-    """
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
-    try:
-        restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-        return handler.restore(
-            epath.Path(path), args=ocp.args.PyTreeRestore(item=dict(names), restore_args=restore_args)
-        )
-    finally:
-        handler.close()

@@ -1,5 +1,6 @@
 """A plan's weights by name, as shapes or as arrays on a device: what the model is built from."""
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -77,15 +78,17 @@ def load_weights(
     *,
     workers: int,
     progress: Progress | None,
+    stop: threading.Event | None = None,
 ) -> Weights:
     """Reads what a plan needs, and only that, onto a device. Traces and compiles nothing.
 
     Raises:
         CheckpointError: the checkpoint lacks a precision the plan reads, or is damaged.
         PlanError: the plan is for another model.
+        Cancelled: `stop` was set.
     """
     config = checkpoint.config
-    folders = checkpoint.restore(checkpoint.folders(plan), device, workers, progress)
+    folders = checkpoint.restore(checkpoint.folders(plan), device, workers, progress, stop)
 
     def floats(array: Any) -> Any:
         if array.dtype == jnp.dtype(dtype):

@@ -2,13 +2,13 @@ import hashlib
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from elastic_jax import checkpoint_io
 from elastic_jax.checkpoint_io import (
     describe_file,
     new_folder,
-    read_arrays,
     write_arrays,
     write_file,
 )
@@ -60,7 +60,8 @@ def test_arrays_come_back_whatever_files_they_were_split_into(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint_io, "_CHUNK_BYTES", 5000)
     array = np.random.default_rng(0).standard_normal(shape, dtype=np.float32).astype(ml_dtypes.bfloat16)
     files = write_arrays(tmp_path / "a", {"values": array, "scales": np.ones((3, 1), np.float32)})
-    found = read_arrays(tmp_path / "a", {"values": 0, "scales": 0})
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found = checkpointer.restore(tmp_path / "a")
     np.testing.assert_array_equal(found["values"], array)
     assert found["values"].dtype == ml_dtypes.bfloat16
     # 32 KiB in halves of at most 5000 bytes; 254 rows cannot be halved three times, and stay one file.
