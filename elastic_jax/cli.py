@@ -4,16 +4,37 @@ Everything heavy is imported inside a command, so that `--help` is quick.
 """
 
 import contextlib
+import dataclasses
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from elastic_jax.cli_options import (
+    CheckpointArgument,
+    CheckpointOrIdArgument,
+    DestinationArgument,
+    DtypeOption,
+    JsonOption,
+    ModeOption,
+    ModesOption,
+    OnlyOption,
+    OverwriteOption,
+    RevisionOption,
+    SourceArgument,
+    TokenOption,
+    WorkersOption,
+    hide_hub_progress,
+    note,
+    print_value,
+    progress_bar,
+    workers_or_default,
+)
 from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.hub_id import is_remote, refuse_revision
 
 app = typer.Typer(
     name="elastic-jax",
@@ -22,54 +43,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-
-Precision = Literal["int8", "bf16"]
-Dtype = Literal["bfloat16", "float32"]
-
-CheckpointArgument = Annotated[Path, typer.Argument(help="An Elastic checkpoint.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
-ModeOption = Annotated[str, typer.Option("--mode", "-m", help="A mode of the checkpoint: XL, L, M, S.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Compute type; float32 is for checks.")]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads; one per processor core by default.")]
-SourceArgument = Annotated[
-    str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a Hub id owner/name.", show_default=False)
-]
-DestinationArgument = Annotated[Path, typer.Argument(help="The checkpoint to write.", show_default=False)]
-OnlyOption = Annotated[Precision | None, typer.Option(help="Store the weights in this precision alone.")]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the destination holds.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
-TokenOption = Annotated[str | None, typer.Option(help="Hub token for private models.", envvar="HF_TOKEN")]
-
-
-def _workers(count: int | None) -> int:
-    return count or min(os.cpu_count() or 1, 16)
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Any]:
-    """A progress display on standard error; the same object, silent, where JSON is wanted."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        yield bar
-
-
-def _note(message: str, quiet: bool) -> None:
-    if not quiet:
-        typer.echo(message, err=True)
-
-
-def _print(values: Any, as_json: bool, text: Callable[[], str]) -> None:
-    typer.echo(json.dumps(values) if as_json else text())
-
 
 # -- convert -----------------------------------------------------------------------------------------------------------
 
@@ -89,7 +62,7 @@ def convert(
     from converters import convert as run
     from elastic_jax.memory import gib
 
-    with _progress(as_json) as bar:
+    with progress_bar(as_json) as bar:
         task = bar.add_task("converting", total=None)
 
         def progress(done: int, total: int, name: str, /) -> None:
@@ -102,7 +75,7 @@ def convert(
             overwrite=overwrite,
             revision=revision,
             token=token,
-            workers=_workers(workers),
+            workers=workers_or_default(workers),
             progress=progress,
         )
         bar.update(task, description="converted")
@@ -111,7 +84,7 @@ def convert(
     for name, plan in checkpoint.plans().items():
         with contextlib.suppress(ElasticError):
             modes[name] = checkpoint.weight_bytes(plan)
-    _print(
+    print_value(
         {"path": str(checkpoint.path), "bytes": size, "modes": modes},
         as_json,
         lambda: (
@@ -127,9 +100,7 @@ def convert(
 @app.command("compile")
 def compile_modes(
     checkpoint: CheckpointArgument,
-    mode: Annotated[
-        list[str] | None, typer.Option("--mode", "-m", help="A mode; repeat for more. All if none.")
-    ] = None,
+    mode: ModesOption = None,
     dtype: DtypeOption = "bfloat16",
     kv_slots: Annotated[int | None, typer.Option(min=1, help="Tokens of the KV pool, all sequences together.")] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a sequence, in tokens.")] = None,
@@ -149,7 +120,7 @@ def compile_modes(
     device, options = device_to_compile_for(target)
     step = default_step_config(opened.config, device.platform, dtype, kv_slots=kv_slots, max_context=max_context)
     results = []
-    plans = [opened.plan(name) for name in mode] if mode else _stored_plans(opened)
+    plans = [opened.plan(name) for name in mode] if mode else opened.stored_plans()
     for plan in plans:
         opened.folders(plan)  # executables would be of no use without the weights
     for plan in plans:
@@ -157,9 +128,9 @@ def compile_modes(
 
         def progress(name: str, seconds: float | None, done: int, total: int, mode: str = plan.name) -> None:
             if seconds is not None:
-                _note(f"{mode}  {done:3d}/{total}  {name:28s} {seconds:6.1f} s", as_json)
+                note(f"{mode}  {done:3d}/{total}  {name:28s} {seconds:6.1f} s", as_json)
 
-        manifest = store.compile(step, workers=_workers(workers), progress=progress, compiler_options=options)
+        manifest = store.compile(step, workers=workers_or_default(workers), progress=progress, compiler_options=options)
         records = manifest.units.values()
         results.append(
             {
@@ -170,17 +141,7 @@ def compile_modes(
                 "compile_seconds": round(sum(record.compile_seconds for record in records), 1),
             }
         )
-    _print(results, as_json, lambda: "\n".join(_compiled(result) for result in results))
-
-
-def _stored_plans(checkpoint: Any) -> list[Any]:
-    """The plans whose weights the checkpoint holds: `--only` leaves some without."""
-    plans = []
-    for plan in checkpoint.plans().values():
-        with contextlib.suppress(ElasticError):
-            checkpoint.folders(plan)
-            plans.append(plan)
-    return plans
+    print_value(results, as_json, lambda: "\n".join(_compiled(result) for result in results))
 
 
 def _compiled(result: dict[str, Any]) -> str:
@@ -194,7 +155,7 @@ def list_targets(as_json: JsonOption = False) -> None:
     from aot_cache.targets import names
 
     known = names()
-    _print(known, as_json, lambda: "\n".join(f"{name:12s} {title}" for name, title in known.items()))
+    print_value(known, as_json, lambda: "\n".join(f"{name:12s} {title}" for name, title in known.items()))
 
 
 @app.command("dump-target")
@@ -226,7 +187,7 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     folders = store_folders(checkpoint)
     problems = opened.verify() + [problem for folder in folders for problem in store.verify(folder)]
     files = sum(len(folder.files) for folder in opened.manifest.folders.values())
-    _print(
+    print_value(
         {"path": str(checkpoint), "files": files, "stores": len(folders), "problems": problems},
         as_json,
         lambda: (
@@ -241,12 +202,22 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
-    """Show a checkpoint: its model, modes and executables."""
-    from elastic_jax.info import describe, render
+def info(
+    checkpoint: CheckpointOrIdArgument,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show a checkpoint: its model, modes and executables. Of one on the Hub, no weights are fetched."""
+    from elastic_jax.info import describe, describe_remote, render
 
-    described = describe(checkpoint)
-    _print(described, as_json, lambda: render(described))
+    if is_remote(checkpoint):
+        hide_hub_progress(as_json)
+        described = describe_remote(checkpoint, revision=revision, token=token)
+    else:
+        refuse_revision(checkpoint, revision)
+        described = describe(Path(checkpoint))
+    print_value(described, as_json, lambda: render(described))
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
@@ -254,7 +225,7 @@ def info(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def generate(
-    checkpoint: CheckpointArgument,
+    checkpoint: CheckpointOrIdArgument,
     prompt: Annotated[
         str | None,
         typer.Option("--prompt", "-p", help="The prompt; if none, standard input without its last newline."),
@@ -278,6 +249,8 @@ def generate(
     ] = False,
     dtype: DtypeOption = "bfloat16",
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a prompt."""
@@ -292,6 +265,8 @@ def generate(
     from elastic_jax.elastic import ElasticMistral
 
     text = prompt if prompt is not None else _read_standard_input()
+    if is_remote(checkpoint):
+        hide_hub_progress(as_json)
     model = ElasticMistral.load(
         checkpoint,
         mode,
@@ -299,8 +274,10 @@ def generate(
         dtype=dtype,
         max_context=max_context,
         trust=trust,
+        revision=revision,
+        token=token,
         preload=False,  # one answer needs a few of them
-        say=lambda message: _note(message, as_json),
+        say=lambda message: note(message, as_json),
     )
     loaded = time.perf_counter()
     pieces = model.generate(
@@ -341,7 +318,7 @@ def generate(
         return
     typer.echo()
     rate = facts["decode_tokens_per_second"]
-    _note(
+    note(
         f"mode {facts['mode']}{' (provisional plan)' if facts['provisional'] else ''}: {new} tokens"
         + (f", {rate} tok/s" if rate else "")
         + f", loaded in {facts['load_seconds']} s, compile events: {facts['compile_events']}",
@@ -357,6 +334,43 @@ def _read_standard_input() -> str:
         raise RequestError(f"standard input is not UTF-8 text: {error}") from None
 
 
+# -- push --------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def push(
+    checkpoint: CheckpointArgument,
+    repository: Annotated[str, typer.Argument(help="A Hub id owner/name.", show_default=False)],
+    mode: ModesOption = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    no_executables: Annotated[bool, typer.Option("--no-executables", help="Push no executables.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if there is none.")] = None,
+    token: TokenOption = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Push a checkpoint and its executables to the Hugging Face Hub, in one commit."""
+    from elastic_jax.hub_push import push as run
+
+    hide_hub_progress(as_json)
+    pushed = run(
+        checkpoint,
+        repository,
+        modes=mode,
+        executables=not no_executables,
+        private=private,
+        revision=revision,
+        token=token,
+        message=message,
+        say=lambda text: note(text, as_json),
+    )
+    print_value(
+        dataclasses.asdict(pushed),
+        as_json,
+        lambda: f"{pushed.url}: modes {', '.join(pushed.modes)}, {pushed.stores} executable stores",
+    )
+
+
 # -- demo --------------------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +382,7 @@ def demo(
     """Fetch a small real model, convert it, compile every mode, and generate with each in a fresh process."""
     from elastic_jax.demo import run_demo
 
-    results = run_demo(directory, lambda message: _note(message, as_json))
+    results = run_demo(directory, lambda message: note(message, as_json))
     if as_json:
         typer.echo(json.dumps(results))
 

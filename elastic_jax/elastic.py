@@ -14,10 +14,10 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.delivery import Delivery
 from elastic_jax.device import default_device
 from elastic_jax.engine import Engine
-from elastic_jax.errors import CheckpointError, ConfigError, RequestError
+from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.executables import ModeStore
 from elastic_jax.generation import AnswerText, Piece
-from elastic_jax.hub_id import is_remote
+from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.loading import OnMissing, Say, plan_load, usable_sizes
 from elastic_jax.memory import MemoryPlan
 from elastic_jax.plan import Plan
@@ -145,9 +145,8 @@ class ElasticMistral:
                 say=say or _say,
             )
             checkpoint, on_missing = fetched.checkpoint, fetched.on_missing
-        elif revision is not None:
-            raise CheckpointError(f"revision {revision!r} was asked for, but {path} is no Hub id: leave it out")
         else:
+            refuse_revision(path, revision)
             checkpoint = Checkpoint.open(path)
         plan = checkpoint.plan(mode)
         checkpoint.folders(plan)  # executables would be of no use without the weights

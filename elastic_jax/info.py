@@ -7,6 +7,7 @@ from aot_cache.manifest import read_manifest
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ElasticError
 from elastic_jax.executables import store_folders
+from elastic_jax.hub_id import is_remote
 from elastic_jax.memory import gib
 
 
@@ -16,7 +17,22 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    checkpoint = Checkpoint.open(path)
+    return _describe(Checkpoint.open(path), str(path))
+
+
+def describe_remote(repository: str, *, revision: str | None, token: str | None) -> dict[str, Any]:
+    """The same of a checkpoint on the Hub, of which no weights and no executables are fetched.
+
+    Raises:
+        HubError: the repository cannot be had.
+        CheckpointError: it is no Elastic checkpoint.
+    """
+    from elastic_jax.hub_load import fetch_description  # the Hub's client takes long to import
+
+    return _describe(fetch_description(repository, revision=revision, token=token), repository)
+
+
+def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     modes = []
     for plan in checkpoint.plans().values():
         try:
@@ -33,11 +49,11 @@ def describe(path: Path) -> dict[str, Any]:
             }
         )
     return {
-        "path": str(path),
+        "path": name,
         "model": checkpoint.config.to_json(),
         "source": dict(checkpoint.manifest.source),
         "modes": modes,
-        "executables": [_describe_store(folder) for folder in store_folders(path)],
+        "executables": [_describe_store(folder) for folder in store_folders(checkpoint.path)],
     }
 
 
@@ -80,7 +96,8 @@ def render(info: dict[str, Any]) -> str:
     lines += ["", *sorted(notes)] if notes else []
     lines.append("")
     if not info["executables"]:
-        lines.append(f"no executables: compile with `elastic-jax compile {info['path']}`")
+        compiling = f"compile with `elastic-jax compile {info['path']}`"
+        lines.append(f"no executables: {'loading compiles them' if is_remote(info['path']) else compiling}")
     for store in info["executables"]:
         if store["problem"]:
             lines.append(f"executables for {store['target']}, mode {store['mode']}: {store['problem']}")

@@ -195,7 +195,7 @@ def test_compile_refuses_modes_and_sizes_that_do_not_exist(call: Call, folder: P
 
 def test_only_modes_that_are_stored_are_compiled(tmp_path: Path, call: Call) -> None:
     call("convert", FIXTURES / "tiny_mistral", tmp_path / "new", "--only", "int8", "--json")
-    plans = cli._stored_plans(Checkpoint.open(tmp_path / "new"))
+    plans = Checkpoint.open(tmp_path / "new").stored_plans()
     assert [plan.name for plan in plans] == ["L", "M", "S"]
 
 

@@ -19,6 +19,7 @@ from elastic_jax.errors import CheckpointError, ExecutableError, HubError, PlanE
 from elastic_jax.executables import store_folders
 from elastic_jax.hub_load import fetch_description
 from elastic_jax.hub_push import push
+from elastic_jax.step import Bucket, StepConfig
 
 # Large files go through a part of the client that calls its own HTTP library in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -84,9 +85,9 @@ def generate(model: ElasticMistral) -> tuple[int, ...]:
     return model.generate([5, 6, 7], max_new_tokens=8, ignore_end=True).token_ids
 
 
-def compile_little(monkeypatch: pytest.MonkeyPatch) -> None:
+def compile_here(monkeypatch: pytest.MonkeyPatch, step: StepConfig) -> None:
     """What is compiled here is small."""
-    monkeypatch.setattr("elastic_jax.loading.default_step_config", lambda *_, **__: tiny_step_config())
+    monkeypatch.setattr("elastic_jax.loading.default_step_config", lambda *_, **__: step)
 
 
 # -- trusted -----------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_trusted_executables_that_do_not_fit_are_compiled_where_that_is_allowed(
     repository: Repository, pushed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_manifests(repository, pushed, jax="0.0.1")
-    compile_little(monkeypatch)
+    compile_here(monkeypatch, tiny_step_config(buckets=(Bucket(4, 0), Bucket(0, 16))))
     said: list[str] = []
     model = load(trust=True, on_missing="compile", say=said.append)
     assert "the executables of owner/tiny cannot be used" in said[0]
@@ -202,7 +203,7 @@ def test_trusted_executables_that_do_not_fit_are_compiled_where_that_is_allowed(
 def test_untrusted_executables_are_compiled_here_once_and_that_is_said(
     hub: HubServer, tokens: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_little(monkeypatch)
+    compile_here(monkeypatch, tiny_step_config())
     said: list[str] = []
     model = load(say=said.append)
     assert generate(model) == tokens
