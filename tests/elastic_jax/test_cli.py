@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hub_server import TOKEN, HubServer, serve_hub, use_hub
 from tiny import FIXTURES, CompiledTiny, tiny_step_config
 
 from elastic_jax import ElasticMistral, cli, executables
@@ -384,3 +385,59 @@ def test_an_interruption_leaves_no_traceback(folder: Path) -> None:
     os.close(pipe_end)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+# -- the Hub -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with serve_hub() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "hub")
+        monkeypatch.chdir(tmp_path)
+        yield hub
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+def test_a_pushed_checkpoint_is_shown_and_generates_by_its_id(
+    call: Call, hub: HubServer, folder: Path, tmp_path: Path
+) -> None:
+    pushed = call("push", folder, "owner/tiny", "--mode", "XL", "--private", "--token", TOKEN, "--json")
+    assert (pushed.status, pushed.err) == (0, "")
+    told = json.loads(pushed.out)
+    assert (told["repository"], told["modes"], told["stores"]) == ("owner/tiny", ["XL"], 1)
+    assert told["commit"] == hub.repositories["owner/tiny"].branches["main"]
+
+    shown = call("info", "owner/tiny", "--token", TOKEN, "--json")
+    assert shown.err == ""
+    assert [mode["mode"] for mode in json.loads(shown.out)["modes"]] == ["XL"]
+    assert [store["problem"] for store in json.loads(shown.out)["executables"]] == [None]
+    assert not any(name.startswith("weights/") for name in hub.downloaded)
+
+    command = ["generate", "owner/tiny", "--mode", "XL", "--dtype", "float32", "--prompt", "Hello", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_jax", *command, "--max-new-tokens", "4", "--trust", "--no-compile"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env=ENVIRONMENT
+        | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        | {"HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN},
+    )
+    there = json.loads(done.stdout)
+    assert there["compile_events"] == 0
+    assert done.stderr == ""
+    here = json.loads(generate(call, folder, "--prompt", "Hello", "--max-new-tokens", 4, "--json").out)
+    assert there["token_ids"] == here["token_ids"]
+
+
+def test_push_and_ids_that_cannot_be(call: Call, hub: HubServer, folder: Path) -> None:
+    assert_refused(call("push", folder, "tiny"), "no Hub id")
+    assert_refused(call("info", "owner/none"), "the Hub shows no repository owner/none")
+    assert_refused(call("info", folder, "--revision", "v1"), "is no Hub id: leave it out")
+    assert hub.repositories == {}
+    # What goes on is told on standard error, before the refusal.
+    refused = call("push", folder, "owner/tiny", "--token", "other")
+    assert (refused.status, refused.out) == (1, "")
+    assert "does not let you write to owner/tiny" in refused.err
