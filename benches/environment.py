@@ -18,7 +18,8 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit measured, with a mark if the tree had other changes than results; none outside a repository."""
+    """The commit measured, with a mark if the tree had other changes than results. Where a copy of the tree is measured
+    that is no repository, BENCH_COMMIT may say what it is a copy of."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
@@ -26,7 +27,7 @@ def commit() -> str:
     try:
         head = git("rev-parse", "HEAD")
     except (subprocess.CalledProcessError, FileNotFoundError):
-        return "unknown: not run in a repository"
+        return os.environ.get("BENCH_COMMIT", "unknown: not run in a repository")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/results")
     return head + ("+changes" if changed else "")
 
