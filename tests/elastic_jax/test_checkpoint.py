@@ -205,3 +205,58 @@ def test_orbax_itself_reads_the_folders(made):
     assert set(found) == {"values", "scales"}
     ours = checkpoint.restore([("layers.0.o", "int8")], jax.devices()[0], 1)["layers.0.o", "int8"]
     np.testing.assert_array_equal(found["values"], ours["values"])
+
+
+# -- parts of a checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_a_part_can_be_read_and_says_what_a_plan_lacks(copy):
+    shutil.rmtree(copy / "weights" / "layers.0.qkv" / "bf16")
+    part = Checkpoint.read(copy)
+    assert part.wrong_sizes(part.plan("S")) == []
+    assert all(problem.endswith(": missing") for problem in part.wrong_sizes(part.plan("XL")))
+    assert {problem.split("/")[1] for problem in part.wrong_sizes(part.plan("XL"))} == {"layers.0.qkv"}
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Checkpoint.open(copy)
+    with pytest.raises(CheckpointError, match=r"it has no elastic\.json"):
+        Checkpoint.read(copy / "plans")
+
+
+def test_a_plans_files_are_its_folders_and_the_tokenizer(made):
+    checkpoint = Checkpoint.open(made)
+    files = set(checkpoint.files(checkpoint.plan("S")))
+    assert files < set(checkpoint.files())
+    assert {Path(name).parts[:3] for name in files if name.startswith("weights/")} == {
+        ("weights", *folder) for folder in checkpoint.folders(checkpoint.plan("S"))
+    }
+    assert {name for name in files if not name.startswith("weights/")} == {
+        f"tokenizer/{path.name}" for path in (made / "tokenizer").iterdir()
+    }
+
+
+def test_files_may_be_links(made, tmp_path):
+    """The Hub's cache is made of them."""
+    for file in [file for file in made.rglob("*") if file.is_file()]:
+        link = tmp_path / "links" / file.relative_to(made)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    linked, plain = Checkpoint.open(tmp_path / "links"), Checkpoint.open(made)
+    assert linked.verify() == []
+    folders = plain.folders(plain.plan("S"))
+    arrays, expected = (checkpoint.restore(folders, jax.devices()[0], 2) for checkpoint in (linked, plain))
+    for folder, leaves in expected.items():
+        for name, array in leaves.items():
+            np.testing.assert_array_equal(np.asarray(arrays[folder][name]), np.asarray(array))
+
+
+def test_executables_may_be_elsewhere(made, tmp_path):
+    checkpoint = Checkpoint.open(made)
+    assert checkpoint.executables_path == made / "executables"
+    assert checkpoint.with_home(tmp_path).executables_path == tmp_path / "executables"
+    assert checkpoint.with_home(tmp_path).path == made
+
+
+def test_a_plan_has_its_files_name(copy):
+    (copy / "plans" / "S.json").rename(copy / "plans" / "T.json")
+    with pytest.raises(PlanError, match=r"T\.json should hold the plan 'T', found 'S'"):
+        Checkpoint.open(copy).plan("T")
