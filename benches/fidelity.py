@@ -17,6 +17,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,11 @@ from elastic_jax.weights import load_weights
 PAGE = 64
 
 
-def logits_function(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str) -> Any:
+type LogProbabilities = Callable[[np.ndarray], Any]
+
+
+def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, window: int) -> LogProbabilities:
+    """A function from a window's tokens to the log-probabilities [window, vocab] of what follows each."""
     config = checkpoint.config
     device = jax.devices()[0]
     weights = load_weights(checkpoint, plan, dtype, device, workers=2, progress=None)
@@ -46,32 +53,42 @@ def logits_function(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str) -
         """Attention of prompt tokens, whatever role their products have."""
         return kernels.attention(attention)(query, kv, dataclasses.replace(batch, generated=0))
 
-    @jax.jit
-    def logits(weights: Any, tokens: Any) -> Any:
-        n = tokens.shape[0]
-        slots = -(-n // PAGE) * PAGE
+    def log_probabilities(weights: Any, tokens: Any) -> Any:
+        slots = -(-window // PAGE) * PAGE
         cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.dtype(dtype))
-        place = jnp.arange(n, dtype=jnp.int32)
+        place = jnp.arange(window, dtype=jnp.int32)
         batch = TokenBatch(
-            row=jnp.zeros(n, jnp.int32),
+            row=jnp.zeros(window, jnp.int32),
             position=place,
             slot=place,
             block_table=jnp.arange(slots // PAGE, dtype=jnp.int32)[None, :],
-            context_length=jnp.full(1, n, jnp.int32),
-            generated=n if role == "generated" else 0,
+            context_length=jnp.full(1, window, jnp.int32),
+            generated=window if role == "generated" else 0,
             page_size=PAGE,
         )
         model = Mistral(config, weights, attention=prompt_attention, dot=kernels.dot(dot), dtype=jnp.dtype(dtype))
         x, _ = model(tokens, (cache,) * config.num_layers, batch)
-        return model.logits(x)
+        return jax.nn.log_softmax(model.logits(x), axis=-1)
 
-    return lambda tokens: np.asarray(logits(weights, tokens))
+    tokens = jax.ShapeDtypeStruct((window,), jnp.int32)
+    compiled = jax.jit(log_probabilities).lower(weights, tokens).compile()
+    return lambda tokens: compiled(weights, tokens)
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+@jax.jit
+def distance(reference: Any, mode: Any, tokens: Any) -> tuple[Any, Any, Any]:
+    """Per position: KL, whether the most likely token differs; and the log-probability of each token but the first."""
+    kl = jnp.sum(jnp.exp(reference) * (reference - mode), axis=-1)
+    flips = jnp.argmax(reference, axis=-1) != jnp.argmax(mode, axis=-1)
+    return kl, flips, jnp.take_along_axis(mode[:-1], tokens[1:, None], axis=1)[:, 0]
+
+
+def measure(references: list[Any], function: LogProbabilities, windows: list[np.ndarray]) -> dict[str, float]:
+    found = [distance(r, function(window), window) for r, window in zip(references, windows, strict=True)]
+    kl, flips, likelihood = (
+        np.stack([np.asarray(part, np.float64) for part in parts]) for parts in zip(*found, strict=True)
+    )
+    return {"kl": kl.mean(), "perplexity": float(np.exp(-likelihood.mean())), "flips": flips.mean()}
 
 
 def read_text(path: Path) -> str:
@@ -96,15 +113,17 @@ def main() -> None:
     windows = [window for window in windows if len(window) == arguments.window]
 
     plans = checkpoint.plans()
-    variants = [(mode, "bfloat16", role) for mode in MODES for role in ("prompt", "generated")]
+    variants = [("XL", "float32", "prompt")]
+    variants += [(mode, "bfloat16", role) for mode in MODES for role in ("prompt", "generated")]
     variants.remove(("XL", "bfloat16", "generated"))  # XL has one arithmetic for both
-    original = logits_function(checkpoint, plans["XL"], "float32", "prompt")
-    references = [log_softmax(original(window)).astype(np.float32) for window in windows]
-    rows = [{"mode": "XL", "dtype": "float32", "role": "prompt"} | measure(references, references, windows)]
-    for mode, dtype, role in variants:
-        function = logits_function(checkpoint, plans[mode], dtype, role)
-        found = (log_softmax(function(window)).astype(np.float32) for window in windows)
-        rows.append({"mode": mode, "dtype": dtype, "role": role} | measure(references, found, windows))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiling = [pool.submit(compile_mode, checkpoint, plans[m], d, r, arguments.window) for m, d, r in variants]
+        functions = [future.result() for future in compiling]
+    references = [functions[0](window) for window in windows]
+    rows: list[dict[str, Any]] = [
+        {"mode": mode, "dtype": dtype, "role": role} | measure(references, function, windows)
+        for (mode, dtype, role), function in zip(variants, functions, strict=True)
+    ]
     reference = rows[0]["perplexity"]
     for row in rows:
         row["perplexity_change"] = row["perplexity"] / reference - 1
@@ -117,21 +136,6 @@ def main() -> None:
         "window": arguments.window,
     }
     report(rows, facts, arguments.out)
-
-
-def measure(references: Any, found: Any, windows: list[np.ndarray]) -> dict[str, float]:
-    kl, flips, likelihood, positions, predicted = 0.0, 0, 0.0, 0, 0
-    for reference, mode, window in zip(references, found, windows, strict=True):
-        kl += float((np.exp(reference, dtype=np.float64) * (reference - mode)).sum())
-        flips += int((reference.argmax(axis=-1) != mode.argmax(axis=-1)).sum())
-        likelihood += float(mode[np.arange(len(window) - 1), window[1:]].sum())
-        positions += len(window)
-        predicted += len(window) - 1
-    return {
-        "kl": kl / positions,
-        "perplexity": float(np.exp(-likelihood / predicted)),
-        "flips": flips / positions,
-    }
 
 
 if __name__ == "__main__":
