@@ -5,6 +5,7 @@ uv run python benches/readme.py --check   # status 1 if it would change
 """
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -65,7 +66,69 @@ def convert(result: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"fidelity": fidelity, "context": context, "convert": convert}
+def steps(result: dict[str, Any]) -> str:
+    names = {"decode": "decode, {batch} x {context}", "prompt": "prompt of {context}"}
+    rows = [
+        [
+            row["mode"],
+            names[row["what"]].format(**row),
+            f"{row['step_ms']:.2f} ms",
+            f"{row['tok_s']:.1f}" if row["what"] == "decode" else f"{row['tok_s']:.0f}",
+            f"{row['read_tb_s']:.2f} TB/s" if row["read_tb_s"] else f"{row['top_s']:.0f} TOP/s",
+        ]
+        for row in result["rows"]
+    ]
+    facts = [
+        f"mode {name}: {mode['units']} executables of {mode['bytes'] / 1e6:.0f} MB, "
+        f"compiled in {mode['compile_wall_seconds']:.0f} s, loaded in {mode['load_seconds']:.1f} s, "
+        f"compile events: {mode['compile_events']}"
+        for name, mode in result["modes"].items()
+    ]
+    head = ["mode", "batch x context", "step", "tok/s per sequence", "rate"]
+    place = "on the device" if result["compiled"] == "here" else "without a GPU"
+    return f"Compiled {place} ({where(result)}; `benches/steps.py`):\n\n{table(head, rows)}\n\n" + "\n".join(
+        f"- {fact}" for fact in facts
+    )
+
+
+def loading(result: dict[str, Any]) -> str:
+    (row,) = result["rows"]
+    return (
+        f"Mode {result['mode']}, {row['weight_gb']:.1f} GB of weights in the page cache: {row['first_token_s']:.1f} s "
+        f"from the start of the process to the first token; weights are read at {row['read_gb_s']:.1f} GB/s "
+        f"({where(result)}; `benches/loading.py`)."
+    )
+
+
+def greedy(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{row['mode']}, {row['dtype']}",
+            f"{row['equal_before_parting']} of {row['tokens']}",
+            f"{row['largest_margin_at_parting']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["mode", "equal greedy tokens before texts part", "largest margin (nats) where they do"]
+    return f"{where(result)} against {result['against']} (`benches/greedy.py`):\n\n{table(head, rows)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Which results a section shows, as patterns below `benches/results`, and how."""
+
+    files: tuple[str, ...]
+    render: Callable[[dict[str, Any]], str]
+
+
+SECTIONS = {
+    "fidelity": Section(("*/fidelity.json",), fidelity),
+    "context": Section(("*/context.json",), context),
+    "convert": Section(("*/convert.json",), convert),
+    "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),
+    "loading": Section(("*/loading.json",), loading),
+    "greedy": Section(("nvidia-*/greedy.json",), greedy),
+}
 
 
 def rendered(text: str) -> str:
@@ -74,11 +137,11 @@ def rendered(text: str) -> str:
     Raises:
         ValueError: a result has no section, or a section no result.
     """
-    for name, render in SECTIONS.items():
-        files = sorted(RESULTS.glob(f"*/{name}.json"))
+    for name, section in SECTIONS.items():
+        files = [file for pattern in section.files for file in sorted(RESULTS.glob(pattern))]
         if not files:
-            raise ValueError(f"no result {RESULTS}/<device>/{name}.json for README's section {name}")
-        body = "\n\n".join(render(json.loads(file.read_text())) for file in files)
+            raise ValueError(f"no result {section.files} for README's section {name}")
+        body = "\n\n".join(section.render(json.loads(file.read_text())) for file in files)
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
         if count != 1:
