@@ -9,17 +9,17 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
     CheckpointOrIdArgument,
     DestinationArgument,
     DtypeOption,
     JsonOption,
-    ModeOption,
     ModesOption,
     OnlyOption,
     OverwriteOption,
@@ -33,7 +33,7 @@ from elastic_jax.cli_options import (
     progress_bar,
     workers_or_default,
 )
-from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
 
 app = typer.Typer(
@@ -222,116 +222,7 @@ def info(
 
 # -- generate ----------------------------------------------------------------------------------------------------------
 
-
-@app.command()
-def generate(
-    checkpoint: CheckpointOrIdArgument,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="The prompt; if none, standard input without its last newline."),
-    ] = None,
-    mode: ModeOption = "M",
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the most likely with this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; repeat for more.")] = None,
-    on_missing: Annotated[
-        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
-    ] = "error",
-    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
-    no_compile: Annotated[
-        bool, typer.Option("--no-compile", help="Forbid tracing and compiling, and count it.")
-    ] = False,
-    dtype: DtypeOption = "bfloat16",
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
-    revision: RevisionOption = None,
-    token: TokenOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Continue a prompt."""
-    import time
-
-    from aot_cache.guard import CompileCounter, forbid_compilation
-
-    counter = CompileCounter()
-    if no_compile:
-        forbid_compilation()
-    start = time.perf_counter()
-    from elastic_jax.elastic import ElasticMistral
-
-    text = prompt if prompt is not None else _read_standard_input()
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-    model = ElasticMistral.load(
-        checkpoint,
-        mode,
-        on_missing=on_missing,
-        dtype=dtype,
-        max_context=max_context,
-        trust=trust,
-        revision=revision,
-        token=token,
-        preload=False,  # one answer needs a few of them
-        say=lambda message: note(message, as_json),
-    )
-    loaded = time.perf_counter()
-    pieces = model.generate(
-        [{"role": "user", "content": text}] if chat else text,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or [],
-        stream=True,
-    )
-    first = finished = None
-    for piece in pieces:
-        first = first or time.perf_counter()
-        finished = piece.generation or finished
-        if not as_json:
-            typer.echo(piece.text, nl=False)
-    end = time.perf_counter()
-    if finished is None or first is None:
-        raise RequestError("the answer ended without a token")
-    new = len(finished.token_ids)
-    facts = {
-        "mode": model.plan.name,
-        "provisional": model.plan.provisional,
-        "prompt_tokens": finished.prompt_tokens,
-        "new_tokens": new,
-        "finish_reason": finished.finish_reason,
-        "load_seconds": round(loaded - start, 3),
-        "first_token_seconds": round(first - loaded, 3),
-        "decode_tokens_per_second": round((new - 1) / (end - first), 2) if new > 1 else None,
-        "compile_events": counter.count(),
-    }
-    if as_json:
-        typer.echo(json.dumps({"text": finished.text, "token_ids": list(finished.token_ids), **facts}))
-        return
-    typer.echo()
-    rate = facts["decode_tokens_per_second"]
-    note(
-        f"mode {facts['mode']}{' (provisional plan)' if facts['provisional'] else ''}: {new} tokens"
-        + (f", {rate} tok/s" if rate else "")
-        + f", loaded in {facts['load_seconds']} s, compile events: {facts['compile_events']}",
-        quiet=False,
-    )
-
-
-def _read_standard_input() -> str:
-    try:
-        # Who pipes a line in means its text: the newline would be a token of the prompt.
-        return sys.stdin.buffer.read().decode().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not UTF-8 text: {error}") from None
+app.command()(generate)
 
 
 # -- push --------------------------------------------------------------------------------------------------------------
