@@ -87,6 +87,16 @@ class Target:
         return {"platform": self.platform, "device_kind": self.device_kind, **self.facts}
 
 
+def memory_bytes(device: Device) -> int:
+    """Bytes of a GPU's memory, as XLA describes it: the GPU need not be there.
+
+    Raises:
+        ExecutableError: XLA does not say.
+    """
+    config = xla_client.get_topology_for_devices([device]).target_config
+    return target_config.memory_bytes(config, source=str(device))
+
+
 def _processor_facts(device: Device) -> dict[str, Any]:
     # XLA's own view of the host, the one it generates code for, on every operating system. It is reachable only as a
     # serialized protocol buffer (xla.CpuTopologyProto: triple, processor name, LLVM feature string).

@@ -74,6 +74,18 @@ def device_kind(config: str, *, source: str) -> str:
     return _string(config, "device_description_str", source)
 
 
+def memory_bytes(config: str, *, source: str) -> int:
+    """Bytes of the device's memory.
+
+    Raises:
+        ExecutableError: the description does not say.
+    """
+    found = re.search(r"\bdevice_memory_size:\s*(\d+)", config)
+    if found is None:
+        raise ExecutableError(f"{source} does not say what device_memory_size is: it is no GPU description")
+    return int(found[1])
+
+
 def _string(config: str, name: str, source: str) -> str:
     found = re.search(rf'\b{name}:\s*"([^"]+)"', config)
     if found is None:

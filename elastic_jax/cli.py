@@ -102,7 +102,14 @@ def compile_modes(
     checkpoint: CheckpointArgument,
     mode: ModesOption = None,
     dtype: DtypeOption = "bfloat16",
-    kv_slots: Annotated[int | None, typer.Option(min=1, help="Tokens of the KV pool, all sequences together.")] = None,
+    kv_slots: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Tokens of the KV pool, all sequences together; repeat for more pools. On a GPU by default the "
+            "largest of a ladder up to 131072 that fits; 16384 on a CPU.",
+        ),
+    ] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context of a sequence, in tokens.")] = None,
     target: Annotated[
         str | None,
@@ -115,15 +122,23 @@ def compile_modes(
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.device import device_to_compile_for
     from elastic_jax.executables import ModeStore, default_step_config
+    from elastic_jax.memory import available_memory
+    from elastic_jax.pools import default_pool
 
     opened = Checkpoint.open(checkpoint)
     device, options = device_to_compile_for(target)
-    step = default_step_config(opened.config, device.platform, dtype, kv_slots=kv_slots, max_context=max_context)
     results = []
     plans = [opened.plan(name) for name in mode] if mode else opened.stored_plans()
     for plan in plans:
         opened.folders(plan)  # executables would be of no use without the weights
-    for plan in plans:
+    platform, available = device.platform, available_memory(device)
+    steps = [
+        (plan, default_step_config(opened.config, platform, dtype, kv_slots=pool, max_context=max_context))
+        for plan in plans
+        for pool in kv_slots
+        or [default_pool(opened, plan, dtype, platform, available=available, max_context=max_context)]
+    ]
+    for plan, step in steps:
         store = ModeStore(opened, plan, dtype, device)
 
         def progress(name: str, seconds: float | None, done: int, total: int, mode: str = plan.name) -> None:
@@ -136,6 +151,8 @@ def compile_modes(
             {
                 "mode": plan.name,
                 "folder": str(store.pool_folder(step.kv_slots)),
+                "kv_slots": step.kv_slots,
+                "max_context": step.max_context,
                 "units": len(manifest.units),
                 "bytes": sum(record.size for record in records),
                 "compile_seconds": round(sum(record.compile_seconds for record in records), 1),
@@ -146,7 +163,10 @@ def compile_modes(
 
 def _compiled(result: dict[str, Any]) -> str:
     size = result["bytes"] / 1e6
-    return f"{result['mode']}: {result['units']} executables, {size:.1f} MB, in {result['folder']}"
+    return (
+        f"{result['mode']}: {result['units']} executables, {size:.1f} MB, KV pool of {result['kv_slots']} tokens, "
+        f"in {result['folder']}"
+    )
 
 
 @app.command("targets")

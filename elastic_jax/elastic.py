@@ -18,9 +18,12 @@ from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.executables import ModeStore
 from elastic_jax.generation import AnswerText, Piece
 from elastic_jax.hub_id import is_remote, refuse_revision
-from elastic_jax.loading import OnMissing, Say, plan_load, usable_sizes
+from elastic_jax.loading import OnMissing, usable_pool
 from elastic_jax.memory import MemoryPlan
+from elastic_jax.parts import load_parts
+from elastic_jax.phases import Phases
 from elastic_jax.plan import Plan
+from elastic_jax.pools import Say
 from elastic_jax.prompts import Prompt, list_prompts, pair_tokens, prompt_tokens
 from elastic_jax.requests import (
     FailEvent,
@@ -34,7 +37,6 @@ from elastic_jax.requests import (
 from elastic_jax.runner import Runner
 from elastic_jax.step import ComputeDtype
 from elastic_jax.tokenizer import Tokenizer
-from elastic_jax.weights import load_weights
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer unless told otherwise; fewer where the context ends before."""
@@ -66,19 +68,27 @@ class ElasticMistral:
         tokenizer: the model's.
         engine: what runs requests. `generate` and `score` step it; whoever steps it too takes events away from them.
         memory: what it takes on the device.
+        loading: when each phase of loading began and ended, and the rate at which weights were read.
 
     `generate` and `score` may be called from several threads, and in the middle of a stream: all share the engine's
     steps.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, tokenizer: Tokenizer, engine: Engine, memory: MemoryPlan
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        memory: MemoryPlan,
+        loading: Phases,
     ) -> None:
         self.checkpoint = checkpoint
         self.plan = plan
         self.tokenizer = tokenizer
         self.engine = engine
         self.memory = memory
+        self.loading = loading
         self._delivery = Delivery(engine)
 
     @classmethod
@@ -89,6 +99,7 @@ class ElasticMistral:
         *,
         on_missing: OnMissing = "error",
         dtype: ComputeDtype | None = None,
+        kv_slots: int | None = None,
         max_context: int | None = None,
         device: Device | None = None,
         trust: bool = False,
@@ -106,6 +117,8 @@ class ElasticMistral:
             mode: one of its modes.
             on_missing: what to do without fitting executables: raise, or compile and store them, and say so.
             dtype: compute type, bfloat16 by default; float32 is for checks.
+            kv_slots: tokens of the KV pool, which all sequences share: one of the pools that are compiled. By default
+                the largest that fits into free memory; if that is not the largest of all, it is said.
             max_context: longest context of a sequence in tokens; by default what the executables were compiled for.
             device: the device; JAX's first by default.
             trust: load executables that somebody else may have written. They are native code. Without it, a mode from
@@ -114,7 +127,7 @@ class ElasticMistral:
             token: for private repositories of the Hub; the one that `hf auth login` stored by default.
             preload: open all executables now; otherwise each is opened when it is first used, and only verified now.
             workers: threads for reading and loading; by default one per processor core, 16 at most.
-            say: is told what is being compiled; prints to standard error by default.
+            say: is told what is being compiled, and which pool is not used; prints to standard error by default.
 
         Raises:
             CheckpointError: there is no complete checkpoint, or it lacks what the mode reads.
@@ -128,37 +141,43 @@ class ElasticMistral:
             raise ConfigError(f'on_missing must be "error" or "compile", found {on_missing!r}')
         if dtype not in (None, "bfloat16", "float32"):
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
-        device = device if device is not None else default_device()
+        phases = Phases()
+        with phases.measure("device"):
+            device = device if device is not None else default_device()
         if is_remote(path):
             from elastic_jax.hub_load import fetch_mode  # the Hub's client takes long to import
 
-            fetched = fetch_mode(
-                str(path),
-                mode,
-                dtype=dtype or "bfloat16",
-                device=device,
-                max_context=max_context,
-                on_missing=on_missing,
-                revision=revision,
-                token=token,
-                trust=trust,
-                say=say or _say,
-            )
+            with phases.measure("download"):
+                fetched = fetch_mode(
+                    str(path),
+                    mode,
+                    dtype=dtype or "bfloat16",
+                    device=device,
+                    max_context=max_context,
+                    on_missing=on_missing,
+                    revision=revision,
+                    token=token,
+                    trust=trust,
+                    say=say or _say,
+                )
             checkpoint, on_missing = fetched.checkpoint, fetched.on_missing
         else:
             refuse_revision(path, revision)
             checkpoint = Checkpoint.open(path)
-        plan = checkpoint.plan(mode)
-        checkpoint.folders(plan)  # executables would be of no use without the weights
         threads = workers if workers is not None else min(os.cpu_count() or 1, 16)
-        store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
-        step = usable_sizes(store, on_missing, max_context, workers=threads, say=say or _say)
-        memory = plan_load(store, step)
-        units = store.load(step, trust=trust, workers=threads, preload=preload)
-        loaded = load_weights(checkpoint, plan, store.dtype, device, workers=threads, progress=None)
-        runner = Runner(checkpoint.config, step, units, loaded, device)
-        engine = Engine(runner, max_context or step.max_context)
-        return cls(checkpoint, plan, Tokenizer.load(checkpoint.tokenizer_path), engine, memory)
+        with phases.measure("plan"):
+            plan = checkpoint.plan(mode)
+            checkpoint.folders(plan)  # executables would be of no use without the weights
+            store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
+            pool = usable_pool(
+                store, on_missing, kv_slots=kv_slots, max_context=max_context, workers=threads, say=say or _say
+            )
+        parts = load_parts(store, pool.step, trust=trust, preload=preload, workers=threads, phases=phases)
+        with phases.measure("state"):
+            runner = Runner(checkpoint.config, pool.step, parts.units, parts.weights, device)
+            engine = Engine(runner, max_context or pool.step.max_context)
+        phases.finish()
+        return cls(checkpoint, plan, parts.tokenizer, engine, pool.memory, phases)
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -329,8 +348,10 @@ class ElasticMistral:
             },
             "attention": step.attention,
             "kv_capacity_tokens": step.kv_slots,
+            "kv_pools_compiled": store.pools,
             "rows": step.rows,
             "max_context": self.engine.limits.max_context,
+            "loading": self.loading.to_json(),
         }
 
 

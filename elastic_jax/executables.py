@@ -33,17 +33,14 @@ _BUCKETS = {
 }
 """Steps compiled by default. On CPU a step's time grows with its tokens, so mixed and larger ones save nothing."""
 
-_KV_SLOTS = {"cpu": 16384, "gpu": 131072}
-"""Slots of the default KV pool; Mistral-Small's in bf16 are 160 KiB each."""
-
-_PAGE_SIZE = 64
+PAGE_SIZE = 64
 _TOP_N = 20
 _MAX_BIAS = 300
 """Reported tokens and biased tokens at most, as in OpenAI's API."""
 
 
 def default_step_config(
-    model: ModelConfig, platform: str, dtype: ComputeDtype, *, kv_slots: int | None, max_context: int | None
+    model: ModelConfig, platform: str, dtype: ComputeDtype, *, kv_slots: int, max_context: int | None
 ) -> StepConfig:
     """The sizes that a mode is compiled for unless told otherwise.
 
@@ -51,8 +48,7 @@ def default_step_config(
         model: its longest context bounds `max_context`.
         platform: `cpu` or `gpu`.
         dtype: compute type.
-        kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; None for the platform's default, or more
-            where `max_context` needs it.
+        kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; `pools.default_pool` chooses.
         max_context: longest context in tokens; None for as much as model and pool allow.
 
     Raises:
@@ -60,8 +56,7 @@ def default_step_config(
     """
     if platform not in _BUCKETS:
         raise ConfigError(f"no step sizes are known for platform {platform!r}; known: {sorted(_BUCKETS)}")
-    slots = kv_slots or max(_KV_SLOTS[platform], max_context or 0)
-    slots = -(-slots // _PAGE_SIZE) * _PAGE_SIZE
+    slots = whole_pages(kv_slots)
     if max_context is not None and max_context > model.max_position_embeddings:
         raise ConfigError(
             f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"
@@ -70,7 +65,7 @@ def default_step_config(
     attention, integer_dot = kernels.default_names(model, platform)
     return StepConfig(
         rows=max(bucket.generated for bucket in buckets),
-        page_size=_PAGE_SIZE,
+        page_size=PAGE_SIZE,
         kv_slots=slots,
         max_context=min(slots, model.max_position_embeddings) if max_context is None else max_context,
         top_n=min(_TOP_N, model.vocab_size),
@@ -80,6 +75,11 @@ def default_step_config(
         attention=attention,
         integer_dot=integer_dot,
     )
+
+
+def whole_pages(tokens: int) -> int:
+    """The KV slots of as many pages as hold some tokens."""
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
 
 def store_folders(checkpoint: Path) -> list[Path]:

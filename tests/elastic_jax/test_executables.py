@@ -12,11 +12,11 @@ import pytest
 from tiny import MISTRAL_SMALL, CompiledTiny, tiny_step_config
 
 from aot_cache.guard import CompileCounter
-from elastic_jax import ElasticMistral, executables, loading
+from elastic_jax import ElasticMistral, executables, pools
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ConfigError, ExecutableError, MemoryPlanError, MismatchError, PlanError, TrustError
 from elastic_jax.executables import ModeStore, default_step_config, store_folders
-from elastic_jax.loading import usable_sizes
+from elastic_jax.loading import usable_pool
 from elastic_jax.step import Bucket
 
 
@@ -195,10 +195,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return sizes
 
 
-def sizes_for(folder: Path, max_context: int | None = None) -> list[str]:
+def sizes_for(folder: Path, max_context: int | None = None, kv_slots: int | None = None) -> list[str]:
     """What is said when executables are wanted, and compiling is allowed."""
     said: list[str] = []
-    usable_sizes(mode_store(folder), "compile", max_context, workers=1, say=said.append)
+    usable_pool(mode_store(folder), "compile", kv_slots=kv_slots, max_context=max_context, workers=1, say=said.append)
     return said
 
 
@@ -262,7 +262,7 @@ def test_a_load_that_cannot_fit_allocates_nothing_and_says_what_would(
 ) -> None:
     needed = load(folder).memory
     small = needed.total - needed.weights // 4
-    monkeypatch.setattr(loading, "available_memory", lambda _: small)
+    monkeypatch.setattr(pools, "available_memory", lambda _: small)
     monkeypatch.setattr(ModeStore, "load", lambda *_, **__: pytest.fail("something was loaded"))
     with pytest.raises(MemoryPlanError) as refused:
         load(folder)
@@ -271,7 +271,7 @@ def test_a_load_that_cannot_fit_allocates_nothing_and_says_what_would(
     # int8 weights take half of the memory in float32
     assert "mode L or M or S fits as it is" in message
     assert "compile it with --kv-slots" in message
-    monkeypatch.setattr(loading, "available_memory", lambda _: 1000)
+    monkeypatch.setattr(pools, "available_memory", lambda _: 1000)
     with pytest.raises(MemoryPlanError, match="No mode of this checkpoint fits"):
         load(folder)
 
@@ -281,20 +281,22 @@ def test_a_load_that_cannot_fit_allocates_nothing_and_says_what_would(
 
 def test_default_sizes_serve_the_whole_context_of_a_model_within_the_pool() -> None:
     for platform in ("cpu", "gpu"):
-        step = default_step_config(MISTRAL_SMALL, platform, "bfloat16", kv_slots=None, max_context=None)
+        step = default_step_config(MISTRAL_SMALL, platform, "bfloat16", kv_slots=32768, max_context=None)
         assert step.max_context == min(step.kv_slots, MISTRAL_SMALL.max_position_embeddings)
         assert step.rows == max(bucket.generated for bucket in step.buckets)
     small = default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=100, max_context=None)
     assert (small.kv_slots, small.max_context) == (128, 128)
-    long = default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=None, max_context=100000)
-    assert long.kv_slots >= long.max_context == 100000
+    long = default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=100000, max_context=100000)
+    assert (long.kv_slots, long.max_context) == (100032, 100000)
+    huge = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=262144, max_context=None)
+    assert (huge.kv_slots, huge.max_context) == (262144, 131072)
 
 
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="no step sizes are known for platform 'tpu'"):
-        default_step_config(MISTRAL_SMALL, "tpu", "bfloat16", kv_slots=None, max_context=None)
+        default_step_config(MISTRAL_SMALL, "tpu", "bfloat16", kv_slots=64, max_context=None)
     with pytest.raises(ConfigError, match="131073 is more than the 131072 positions"):
-        default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=None, max_context=131073)
+        default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=262144, max_context=131073)
     with pytest.raises(ConfigError, match="more than the pool's kv_slots"):
         default_step_config(MISTRAL_SMALL, "cpu", "bfloat16", kv_slots=64, max_context=128)
 

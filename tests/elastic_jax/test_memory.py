@@ -40,7 +40,7 @@ def test_a_plan_adds_up_what_the_arrays_take() -> None:
 
 def test_the_24b_model_needs_what_its_shape_says() -> None:
     plans = provisional_plans(MISTRAL_SMALL)
-    step = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=None, max_context=None)
+    step = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=131072, max_context=None)
     xl, s = (
         plan_memory(MISTRAL_SMALL, abstract_weights(MISTRAL_SMALL, plans[m], "bfloat16"), step, []) for m in ("XL", "S")
     )
