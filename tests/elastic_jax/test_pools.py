@@ -14,7 +14,7 @@ from tiny import MISTRAL_SMALL, CompiledTiny
 from aot_cache.manifest import Memory
 from aot_cache.target_config import memory_bytes
 from aot_cache.targets import find
-from elastic_jax import ElasticMistral, executables, loading, pools
+from elastic_jax import ElasticMistral, loading, pools
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.checkpoint_format import Manifest, expected_folder
 from elastic_jax.errors import ConfigError, ExecutableError, MemoryPlanError, MismatchError, RequestError
@@ -259,18 +259,20 @@ def test_sizes_must_be_positive(folder: Path) -> None:
             usable(folder, **{name: 0})
 
 
-def test_several_pools_are_compiled_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(executables._BUCKETS, "cpu", (Bucket(1, 0), Bucket(0, 16)))
-    shutil.rmtree(folder / "executables")
+def test_pools_are_compiled_side_by_side_and_give_the_same(
+    compiled_tiny: Callable[..., CompiledTiny], folder: Path
+) -> None:
+    shutil.rmtree(mode_store(folder).folder)
     store = mode_store(folder)
-    for slots in (128, 64):
-        step = default_step_config(store.checkpoint.config, "cpu", "float32", kv_slots=slots, max_context=None)
-        store.compile(dataclasses.replace(step, top_n=1, max_bias=1), workers=2, progress=lambda *_: None)
-    assert sorted(path.name for path in store_folders(folder)) == ["kv128", "kv64"]
-    texts = {
-        slots: ElasticMistral.load(folder, "XL", dtype="float32", kv_slots=slots, workers=2, preload=False)
+    source = ModeStore(compiled_tiny("XL", "float32").checkpoint, store.plan, "float32", store.device)
+    shutil.copytree(source.pool_folder(1024), store.pool_folder(1024))
+    step = dataclasses.replace(source.stored_step(1024), kv_slots=128, max_context=128, rows=1)
+    store.compile(dataclasses.replace(step, buckets=(Bucket(1, 0), Bucket(0, 16))), workers=2, progress=lambda *_: None)
+    assert sorted(path.name for path in store_folders(folder)) == ["kv1024", "kv128"]
+    tokens = [
+        ElasticMistral.load(folder, "XL", dtype="float32", kv_slots=slots, workers=2, preload=False)
         .generate([5, 6, 7], max_new_tokens=5, ignore_end=True)
         .token_ids
-        for slots in (128, 64)
-    }
-    assert texts[128] == texts[64]
+        for slots in (1024, 128)
+    ]
+    assert tokens[0] == tokens[1]
