@@ -68,6 +68,26 @@ class SamplingTable:
         return SamplingInputs(**self._on_device)
 
 
+class BlockTables:
+    """The block tables, kept on the device while they are the same.
+
+    They are the one input that grows with the longest context: 64 rows of 131072 tokens are 512 KiB. Generating changes
+    them only when a sequence begins or ends, and comparing takes a fifth of the time of sending.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._sent: tuple[np.ndarray, jax.Array] | None = None
+
+    def on_device(self, tables: Int32[np.ndarray, "rows pages"]) -> jax.Array:
+        """The tables as a device array; sent only if they changed."""
+        if self._sent is None or not np.array_equal(self._sent[0], tables):
+            # A copy: the caller may use its array again, and the CPU device may use the host's buffer in place.
+            host = tables.copy()
+            self._sent = host, jax.device_put(host, self._device)
+        return self._sent[1]
+
+
 class Runner:
     """Calls units with weights and state in place.
 
@@ -89,6 +109,7 @@ class Runner:
         state = units["start"]()
         self._kv, self._rows = state[: self._layers], state[self._layers :]
         self.sampling = SamplingTable(config, step, device)
+        self._block_tables = BlockTables(device)
 
     @property
     def unit_names(self) -> tuple[str, ...]:
@@ -106,7 +127,7 @@ class Runner:
         """
         unit = self._units[step_name(bucket, "sampling" if sampling else "greedy")]
         sampled = jax.tree.leaves(self.sampling.on_device()) if sampling else []
-        leaves = jax.tree.leaves(inputs)
+        leaves = self._leaves(inputs)
         out = unit(*self._weights, *self._kv, *self._rows, *leaves, *sampled, np.int32(top))
         split = self._layers + len(self._rows)
         self._kv, self._rows = out[: self._layers], out[self._layers : split]
@@ -115,9 +136,13 @@ class Runner:
     def score(self, bucket: Bucket, inputs: StepInputs, target: Int32[np.ndarray, " p"], *, top: bool) -> ScoreOutputs:
         """Dispatches one score step; `target` holds the token wanted after each prompt token, or -1."""
         unit = self._units[step_name(bucket, "score")]
-        out = unit(*self._weights, *self._kv, *jax.tree.leaves(inputs), target, np.int32(top))
+        out = unit(*self._weights, *self._kv, *self._leaves(inputs), target, np.int32(top))
         self._kv = out[: self._layers]
         return ScoreOutputs(*out[self._layers :])
+
+    def _leaves(self, inputs: StepInputs) -> list[Any]:
+        tables = self._block_tables.on_device(inputs.block_table)
+        return jax.tree.leaves(dataclasses.replace(inputs, block_table=tables))
 
     def admit(self, row: int, *, key: UInt32[np.ndarray, "2"], prompt_mask: UInt32[np.ndarray, " words"]) -> None:
         """Prepares a row's state for a new sequence."""

@@ -13,7 +13,7 @@ from elastic_jax.executables import default_step_config
 from elastic_jax.groups import model_groups
 from elastic_jax.plan import MODES, provisional_plans
 from elastic_jax.quantization import QArray
-from elastic_jax.step import Bucket, abstract_state
+from elastic_jax.step import Bucket, StepInputs, abstract_inputs, abstract_state
 from elastic_jax.units import make_units, step_name
 from elastic_jax.weights import abstract_weights, weight_bytes
 
@@ -67,6 +67,18 @@ def test_cache():
     kv = abstract_state(MISTRAL_SMALL, STEP).kv
     assert len(kv) == LAYERS
     assert sum(layer.size * 2 for layer in kv) / STEP.kv_slots == 160 * 1024  # bytes a token in bf16
+
+
+@pytest.mark.parametrize("bucket", [Bucket(1, 0), Bucket(64, 0), Bucket(0, 4096), Bucket(64, 1024)])
+def test_what_the_host_sends_for_contexts_of_128k(bucket):
+    step = dataclasses.replace(DEFAULT, max_context=131072)
+    sizes = {
+        field.name: getattr(abstract_inputs(bucket, step), field.name).size * 4
+        for field in dataclasses.fields(StepInputs)
+    }
+    # The table is sent only when it changes; the rest does not depend on the longest context.
+    assert sizes.pop("block_table") == 512 * 1024
+    assert sum(sizes.values()) <= 4 * (4 * bucket.tokens + 2 * step.rows + bucket.outputs(step.rows))
 
 
 @pytest.mark.parametrize(("mode", "count"), [("XL", 296), ("S", 457)])

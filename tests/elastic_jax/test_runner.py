@@ -7,7 +7,7 @@ from fake_runner import MODEL
 from tiny import CompiledTiny, tiny_step_config
 
 from elastic_jax.requests import SamplingParams
-from elastic_jax.runner import Runner, SamplingTable
+from elastic_jax.runner import BlockTables, Runner, SamplingTable
 from elastic_jax.units import make_units
 
 STEP = tiny_step_config()
@@ -100,3 +100,14 @@ def test_the_state_given_to_a_step_is_taken_over(compiled_tiny: Callable[..., Co
     rows = runner._rows
     runner.admit(0, key=np.zeros(2, np.uint32), prompt_mask=np.zeros(10, np.uint32))
     assert all(row.is_deleted() for row in rows)
+
+
+def test_block_tables_are_sent_only_when_they_change() -> None:
+    tables, host = BlockTables(jax.devices()[0]), np.arange(6, dtype=np.int32).reshape(2, 3)
+    first = tables.on_device(host)
+    assert tables.on_device(host.copy()) is first
+    host[1, 2] = 9
+    assert np.asarray(first).tolist() == [[0, 1, 2], [3, 4, 5]], "what a step may still read stays as it was"
+    second = tables.on_device(host)
+    assert np.asarray(second).tolist() == [[0, 1, 2], [3, 4, 9]]
+    assert tables.on_device(host) is second
