@@ -95,9 +95,9 @@ def loading(result: dict[str, Any]) -> str:
     seconds = [row["process_to_token_s"] for row in result["rows"]]
     rate = min(row["weights_gb_per_s"] for row in result["rows"])
     return (
-        f"Mode {result['mode']}, {result['weights_gb']:.1f} GB of weights in the page cache: from the start of the process "
-        f"to the first token {min(seconds):.1f} to {max(seconds):.1f} s in {len(seconds)} runs, weights read at "
-        f"{rate:.1f} GB/s or more ({where(result)}; `benches/loading.py`)."
+        f"Mode {result['mode']}, {result['weights_gb']:.1f} GB of weights in the page cache: from the start of the "
+        f"process to the first token {min(seconds):.1f} to {max(seconds):.1f} s in {len(seconds)} runs, weights read "
+        f"at {rate:.1f} GB/s or more ({where(result)}; `benches/loading.py`)."
     )
 
 
