@@ -2,7 +2,7 @@
 
 import pytest
 
-from aot_cache.target_config import Enum, device_kind, facts, to_text
+from aot_cache.target_config import Enum, device_kind, facts, memory_bytes, to_text
 from elastic_jax.errors import ExecutableError
 
 H200 = """gpu_device_info {
@@ -67,3 +67,10 @@ def test_missing_facts(removed, told):
 def test_missing_name():
     with pytest.raises(ExecutableError, match=r"my\.json.*device_description_str"):
         device_kind(H200.replace("device_description_str", "other"), source="my.json")
+
+
+def test_the_size_of_memory():
+    described = H200.replace("core_count", "device_memory_size: 150109880320\n  core_count")
+    assert memory_bytes(described, source="s") == 150109880320
+    with pytest.raises(ExecutableError, match=r"my\.json does not say what device_memory_size is"):
+        memory_bytes(H200, source="my.json")

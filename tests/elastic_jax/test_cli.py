@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,6 +19,8 @@ from tiny import FIXTURES, CompiledTiny, tiny_step_config
 
 from elastic_jax import ElasticMistral, cli, executables
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.executables import ModeStore
+from elastic_jax.step import StepConfig
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
 
@@ -188,6 +191,26 @@ def test_compile_keeps_what_is_there(call: Call, folder: Path, monkeypatch: pyte
     assert f"XL: {result['units']} executables" in called.out
 
 
+def test_compile_makes_a_store_for_each_pool(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def compile_nothing(store: ModeStore, step: StepConfig, **_: Any) -> Any:
+        asked.append((store.plan.name, step.kv_slots, step.max_context))
+        return SimpleNamespace(units={})
+
+    monkeypatch.setattr(ModeStore, "compile", compile_nothing)
+    pools = ("--kv-slots", 256, "--kv-slots", 100)
+    called = call("compile", folder, "--mode", "S", "--mode", "M", *pools, "--json")
+    assert asked == [("S", 256, 256), ("S", 128, 128), ("M", 256, 256), ("M", 128, 128)]
+    assert [(result["mode"], result["kv_slots"]) for result in json.loads(called.out)] == [
+        (mode, slots) for mode, slots, _ in asked
+    ]
+    assert Path(json.loads(called.out)[1]["folder"]).parts[-2:] == ("S", "kv128")
+    asked.clear()
+    call("compile", folder, "--mode", "S")
+    assert asked == [("S", 16384, 512)]
+
+
 def test_compile_refuses_modes_and_sizes_that_do_not_exist(call: Call, folder: Path) -> None:
     assert_refused(call("compile", folder, "--mode", "XXL"), "has no mode 'XXL'")
     assert_refused(call("compile", folder, "--max-context", "513"), "more than the 512 positions")
@@ -271,6 +294,10 @@ def test_generate_prints_what_the_model_says(call: Call, compiled: CompiledTiny)
     assert values["token_ids"] == list(expected.token_ids)
     assert values["compile_events"] == 0
     assert values["provisional"] is True
+    assert values["kv_slots"] == 1024
+    assert values["loading"]["weights"]["bytes"] > 0
+    assert list(values["loading"])[-1] == "total"
+    assert values["load_seconds"] == values["loading"]["total"]["seconds"]
     assert (values["new_tokens"], values["prompt_tokens"]) == (6, expected.prompt_tokens)
 
 

@@ -94,6 +94,16 @@ def test_a_gpu_is_asked_for_its_own() -> None:
     assert available_memory(gpu(None)) is None
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_gpu_that_is_not_here_has_what_jax_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> Any:
+        raise jax.errors.JaxRuntimeError("MemoryStats is only supported for addressable PjRt devices.")
+
+    monkeypatch.setattr(memory, "memory_bytes", lambda _: 80_000)
+    gpu: Any = SimpleNamespace(platform="gpu", device_kind="x", id=0, client=None, memory_stats=absent)
+    assert available_memory(gpu) == 60_000
+
+
 @pytest.mark.parametrize(("limit", "expected"), [("1000", 1000 - (700 - 200 - 300)), ("max", None)])
 def test_cached_files_of_a_container_count_as_free(tmp_path: pathlib.Path, limit: str, expected: int | None) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")

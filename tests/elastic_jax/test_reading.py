@@ -158,3 +158,12 @@ def test_reading_ends_when_it_is_stopped(tmp_path, monkeypatch, gpu):
     with pytest.raises(Cancelled):
         read(arrays, gpu, stop=stop, arrived=arrived)
     assert 1 <= len(told) < 10
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_copied_before_memory_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "HOST_BYTES", 24 << 20)
+    arrays, values = stored(tmp_path / "a", {str(i): 8192 + 1024 * (i % 5) for i in range(40)})
+    found = read(arrays, jax.devices("gpu")[0], workers=8)
+    for name, value in values.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), value)
