@@ -53,6 +53,7 @@ def environment() -> dict[str, Any]:
         "platform": device.platform,
         "python": platform.python_version(),
         "versions": versions(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "commit": commit(),
     }
 

@@ -115,7 +115,11 @@ def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> 
         # XLA takes one row for no product and converts the whole weight to float32 first: 7 times slower on CPU, and
         # 3 times a whole step on a GPU that it cannot tune for. Where it tunes, two rows cost what one costs.
         x = jnp.concatenate([x, x])
-    sums = jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    # GPUs would multiply float32 as TF32, with 10 bits.
+    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    sums = jax.lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
     return sums[:rows]
 
 

@@ -44,6 +44,7 @@ def attention(name: str) -> Attention:
     return _named(ATTENTION, name, "attention")
 
 
+@functools.cache  # so that equal models are equal
 def dot(name: str) -> Dot:
     """`quantization.dot` over the implementation of integer dots of that name.
 
