@@ -65,10 +65,10 @@ def report(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path | None) 
     for row in rows:
         print("  ".join(_show(row[key]).rjust(width) for key, width in widths.items()))
     result = {"environment": environment(), **facts, "rows": rows}
-    print(json.dumps(result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
 
 
 def _show(value: Any) -> str:

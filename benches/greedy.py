@@ -4,8 +4,8 @@ Method. Every mode answers the prompts of the test fixtures with --tokens greedy
 too. With each token goes its margin: the difference of the two best log-probabilities. --against names the result of
 another device: reported are, over all prompts, the tokens before the texts part, the largest margin (the other
 device's) at which they do, and whether that is below the noise: 0.001 nats in float32, 0.5 where activations have 16
-bits, 1.0 where those of prompts have 8, since there the last bit of a sum decides over whole steps. Once they have parted, nothing is compared. Compiling is
-allowed here.
+bits, 1.0 where those of prompts have 8, since there the last bit of a sum decides over whole steps. Once they have
+parted, nothing is compared. Compiling is allowed here.
 
     uv run python benches/greedy.py CHECKPOINT --out benches/results/<device>/greedy.json [--against OTHER.json]
 """
