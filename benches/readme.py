@@ -27,24 +27,43 @@ def where(result: dict[str, Any]) -> str:
     return f"{environment['device']}, {environment['cores']} cores, jax {environment['versions']['jax']}"
 
 
-def fidelity(result: dict[str, Any]) -> str:
+def fidelity(results: list[dict[str, Any]]) -> str:
+    first = results[0]
     rows = [
         [
-            row["mode"] if row["dtype"] == "bfloat16" else f"{row['mode']}, {row['dtype']} (the reference)",
+            row["mode"],
             "any" if row["mode"] == "XL" else row["role"],
-            f"{row['kl']:.4f}",
-            f"{row['perplexity']:.3f}",
+            *(f"{result['rows'][number]['kl']:.5f}" for result in results),
             f"{100 * row['perplexity_change']:+.2f} %",
             f"{100 * row['flips']:.1f} %",
         ]
-        for row in result["rows"]
+        for number, row in enumerate(first["rows"])
+        if row["dtype"] != "float32"
     ]
-    head = ["mode", "tokens' role", "KL (nats)", "perplexity", "change", "top-1 flips"]
-    model = result["source"]["files"][0]["name"]
-    return (
-        f"{model}, {result['tokens']} tokens of {result['text_name']} in windows of {result['window']} "
-        f"({where(result)}; `benches/fidelity.py`):\n\n{table(head, rows)}"
+    for result in results:
+        same = ("text_sha256", "tokens", "window", "source")
+        if any(result[key] != first[key] for key in same) or len(result["rows"]) != len(first["rows"]):
+            raise ValueError("results of the fidelity bench are of different texts, windows or models")
+    kept = {result["environment"].get("xla_flags", ""): " (1)" for result in results if _keeps_roundings(result)}
+    columns = [
+        f"KL, {result['environment']['device']}{kept.get(result['environment'].get('xla_flags', ''), '')}"
+        for result in results
+    ]
+    model = first["source"]["files"][0]["name"]
+    note = (
+        "\n\n(1) with every rounding to bf16 that the program names (`XLA_FLAGS=--xla_allow_excess_precision=false`): "
+        "on CPU XLA leaves some out, which is why mode XL is nearer to float32 there than on a GPU."
     )
+    return (
+        f"{model}, {first['tokens']} tokens of {first['text_name']} in windows of {first['window']} "
+        f"(`benches/fidelity.py`; KL in nats, perplexity and flips from the first column's device):\n\n"
+        + table(["mode", "tokens' role", *columns, "perplexity", "top-1 flips"], rows)
+        + (note if kept else "")
+    )
+
+
+def _keeps_roundings(result: dict[str, Any]) -> bool:
+    return "xla_allow_excess_precision=false" in result["environment"].get("xla_flags", "")
 
 
 def context(result: dict[str, Any]) -> str:
@@ -66,29 +85,34 @@ def convert(result: dict[str, Any]) -> str:
     )
 
 
-def steps(result: dict[str, Any]) -> str:
-    names = {"decode": "decode, {batch} x {context}", "prompt": "prompt of {context}"}
-    rows = [
-        [
-            row["mode"],
-            names[row["what"]].format(**row),
-            f"{row['step_ms']:.2f} ms",
-            f"{row['tok_s']:.1f}" if row["what"] == "decode" else f"{row['tok_s']:.0f}",
-            f"{row['read_tb_s']:.2f} TB/s" if row["read_tb_s"] else f"{row['top_s']:.0f} TOP/s",
-        ]
-        for row in result["rows"]
-    ]
+def steps(results: list[dict[str, Any]]) -> str:
+    """One table: speeds of executables compiled on the device, and beside them of those compiled elsewhere."""
+    here, elsewhere = (next(r for r in results if r["compiled"] == place) for place in ("here", "elsewhere"))
+    others = {(row["mode"], row["what"], row["batch"], row["context"]): row for row in elsewhere["rows"]}
+    names = {"decode": "decode, {batch} x {context}", "prompt": "a prompt of {context}"}
+    rows = []
+    for row in here["rows"]:
+        other = others.get((row["mode"], row["what"], row["batch"], row["context"]))
+        digits = 1 if row["what"] == "decode" else 0
+        rows.append(
+            [
+                row["mode"],
+                names[row["what"]].format(**row),
+                f"{row['step_ms']:.2f} ms",
+                f"{row['tok_s']:.{digits}f}",
+                f"{row['read_tb_s']:.2f} TB/s" if row["read_tb_s"] else f"{row['top_s']:.0f} TOP/s",
+                f"{other['tok_s']:.{digits}f}" if other else "",
+            ]
+        )
+    head = ["mode", "work, batch x context", "step", "tok/s per sequence", "rate", "tok/s, compiled without a GPU"]
     facts = [
-        f"mode {name}: {mode['units']} executables of {mode['bytes'] / 1e6:.0f} MB, "
-        f"compiled in {mode['compile_wall_seconds']:.0f} s, loaded in {mode['load_seconds']:.1f} s, "
-        f"compile events: {mode['compile_events']}"
+        f"- mode {name}, compiled {place}: {mode['units']} executables of {mode['bytes'] / 1e6:.0f} MB, "
+        f"{mode['compile_unit_seconds'] / mode['units']:.0f} s of compiling each, all loaded in "
+        f"{mode['load_seconds']:.1f} s, compile events: {mode['compile_events']}"
+        for result, place in ((here, "on the device"), (elsewhere, "without a GPU"))
         for name, mode in result["modes"].items()
     ]
-    head = ["mode", "batch x context", "step", "tok/s per sequence", "rate"]
-    place = "on the device" if result["compiled"] == "here" else "without a GPU"
-    return f"Compiled {place} ({where(result)}; `benches/steps.py`):\n\n{table(head, rows)}\n\n" + "\n".join(
-        f"- {fact}" for fact in facts
-    )
+    return f"{where(here)}; `benches/steps.py`:\n\n{table(head, rows)}\n\n" + "\n".join(facts)
 
 
 def loading(result: dict[str, Any]) -> str:
@@ -119,16 +143,21 @@ class Section:
     """Which results a section shows, as patterns below `benches/results`, and how."""
 
     files: tuple[str, ...]
-    render: Callable[[dict[str, Any]], str]
+    render: Callable[[list[dict[str, Any]]], str]
+
+
+def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, Any]]], str]:
+    """One result after the other."""
+    return lambda results: "\n\n".join(render(result) for result in results)
 
 
 SECTIONS = {
-    "fidelity": Section(("*/fidelity.json",), fidelity),
-    "context": Section(("*/context.json",), context),
-    "convert": Section(("*/convert.json",), convert),
+    "fidelity": Section(("cpu-*/fidelity*.json", "nvidia-*/fidelity.json"), fidelity),
+    "context": Section(("*/context.json",), each(context)),
+    "convert": Section(("*/convert.json",), each(convert)),
     "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),
-    "loading": Section(("*/loading.json",), loading),
-    "greedy": Section(("nvidia-*/greedy.json",), greedy),
+    "loading": Section(("*/loading.json",), each(loading)),
+    "greedy": Section(("nvidia-*/greedy.json",), each(greedy)),
 }
 
 
@@ -142,7 +171,7 @@ def rendered(text: str) -> str:
         files = [file for pattern in section.files for file in sorted(RESULTS.glob(pattern))]
         if not files:
             raise ValueError(f"no result {section.files} for README's section {name}")
-        body = "\n\n".join(section.render(json.loads(file.read_text())) for file in files)
+        body = section.render([json.loads(file.read_text()) for file in files])
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
         if count != 1:

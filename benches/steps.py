@@ -81,12 +81,16 @@ def compile_child(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
         ),
         compiler_options=options,
     )
+    return describe(manifest) | {"compile_wall_seconds": time.perf_counter() - start}
+
+
+def describe(manifest: Any) -> dict[str, Any]:
+    """A store without the units that draw weights."""
     units = {name: record for name, record in manifest.units.items() if not name.startswith("draw")}
     return {
         "units": len(units),
         "bytes": sum(record.size for record in units.values()),
         "compile_unit_seconds": sum(record.compile_seconds for record in units.values()),
-        "compile_wall_seconds": time.perf_counter() - start,
     }
 
 
@@ -96,6 +100,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
     import jax
     from random_model import random_weights
 
+    from aot_cache.manifest import read_manifest
     from aot_cache.store import load
     from elastic_jax.engine import Engine
     from elastic_jax.groups import model_groups
@@ -128,6 +133,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
         row["mode"] = mode
         print(json.dumps(row), flush=True)
     return {
+        **describe(read_manifest(store, hint="")),
         "load_seconds": load_seconds,
         "draw_weights_seconds": draw_seconds,
         "weight_bytes": weight_bytes(weights),
