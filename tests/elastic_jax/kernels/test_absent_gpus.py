@@ -1,0 +1,58 @@
+"""The steps of a model with Pallas's kernels, compiled for GPUs that are not there."""
+
+import dataclasses
+
+import jax
+import pytest
+from tiny import tiny_step_config
+
+from aot_cache.compiler import compile_units
+from aot_cache.targets import absent_device, find, names
+from elastic_jax.config import ModelConfig
+from elastic_jax.plan import provisional_plans
+from elastic_jax.step import Bucket
+from elastic_jax.units import make_units
+
+CONFIG = ModelConfig(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    pad_token_id=0,
+)
+
+STEP = dataclasses.replace(
+    tiny_step_config(dtype="bfloat16", page_size=64, buckets=(Bucket(4, 0), Bucket(0, 64), Bucket(4, 64))),
+    attention="pallas",
+    integer_dot="pallas",
+)
+
+
+@pytest.mark.cuda_plugin
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("name", [name for name in names() if not name.endswith("cuda12")])
+def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
+    description = find(name)
+    device = absent_device(description)
+    every = make_units(CONFIG, provisional_plans(CONFIG)["S"], STEP)
+    units = [unit for unit in every if unit.name == "step.d4.p64.greedy"]
+    options = {"workers": 2, "progress": lambda *_: None, "compiler_options": description.compiler_options}
+    manifest = compile_units(units, tmp_path / "store", {}, device, **options)
+    assert manifest.units["step.d4.p64.greedy"].size > 0
+
+    with jax.default_device(device):
+        text = jax.jit(units[0].function).trace(*units[0].arguments).lower(lowering_platforms=("cuda",)).as_text()
+    for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel"):
+        assert kernel in text
+    # Weights are int8 operands of the kernels, and nothing else multiplies them.
+    assert "tensor<256x128xi8>" in text
+    assert not [line for line in text.splitlines() if "stablehlo.dot_general" in line and "xi8>" in line]
