@@ -22,7 +22,7 @@ from jaxtyping import Array, Float32, Int8
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels.pallas_device import compute_capability
+from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability
 
 _NAME = "the integer dot called 'pallas'"
 
@@ -30,6 +30,9 @@ _INSTEAD = "use the one called 'xla' instead"
 
 _LEAST_OUT, _LEAST_IN = 16, 32
 """The smallest tile of the tensor cores."""
+
+_SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Bytes that a program may have, from a compute capability on (CUDA programming guide, technical specifications)."""
 
 _PROGRAMS = 396
 """Programs that fill a device, three on each of an H200's multiprocessors; smaller devices queue them."""
@@ -148,7 +151,7 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int) -> DotT
     """
     measured = _measured_tiles().get((capability, out, contraction), {})
     bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
-    tiles = usual_tiles(rows, out, contraction) if bound is None else measured[bound]
+    tiles = usual_tiles(capability, rows, out, contraction) if bound is None else measured[bound]
     check_tiles(tiles, out, contraction)
     return tiles
 
@@ -163,14 +166,15 @@ def _measured_tiles() -> dict[tuple[int, int, int], dict[int, DotTiles]]:
     return table
 
 
-def usual_tiles(rows: int, out: int, contraction: int) -> DotTiles:
+def usual_tiles(capability: int, rows: int, out: int, contraction: int) -> DotTiles:
     """Sizes of the kernel for a product that nobody has measured; they may not divide it."""
     few = rows <= 64
     height = max(16, 1 << (rows - 1).bit_length()) if few else 128
     width = min(_power_of_two_in(out), 64 if few else 128)
     depth = min(_power_of_two_in(contraction), 256 if few else 128)
     splits = split_contraction(-(-rows // height) * (out // width), depth, contraction, _PROGRAMS)
-    return DotTiles(height, width, depth, splits, 4, 4 if few else 3, few)
+    held = _SHARED_MEMORY[max(known for known in _SHARED_MEMORY if known <= capability)] // ((height + width) * depth)
+    return DotTiles(height, width, depth, splits, 4, min(held, 4 if few else 3), few)
 
 
 def split_contraction(programs: int, depth: int, contraction: int, wanted: int) -> int:
@@ -188,7 +192,7 @@ def check_model(config: ModelConfig) -> None:
         ConfigError: it is so.
     """
     for group in model_groups(config).values():
-        check_tiles(usual_tiles(1, group.out_size, group.in_size), group.out_size, group.in_size)
+        check_tiles(usual_tiles(LEAST_CAPABILITY, 1, group.out_size, group.in_size), group.out_size, group.in_size)
 
 
 def _power_of_two_in(n: int) -> int:

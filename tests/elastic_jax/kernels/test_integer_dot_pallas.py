@@ -14,7 +14,7 @@ from elastic_jax import kernels
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels import integer_dot_pallas
-from elastic_jax.kernels.integer_dot_pallas import DotTiles, choose_tiles
+from elastic_jax.kernels.integer_dot_pallas import DotTiles, choose_tiles, usual_tiles
 
 
 def operands(rows, out, contraction, seed=0):
@@ -58,12 +58,30 @@ def test_any_size_that_divides(rows, out, contraction, seed):
 @pytest.mark.parametrize("rows", [1, 2, 8, 32, 128, 1152, 4096, 8192])
 def test_tiles_divide_every_weight_of_mistral_small(rows):
     for group in set(model_groups(MISTRAL_SMALL).values()):
-        tiles = choose_tiles(90, rows, group.out_size, group.in_size)
-        assert group.out_size % tiles.out == 0
-        assert group.in_size % (tiles.contracted * tiles.splits) == 0
-        # Few rows are bound by reading the weight, and many programs must read it.
-        programs = -(-rows // tiles.rows) * (group.out_size // tiles.out) * tiles.splits
-        assert programs >= 264
+        for tiles in (choose_tiles(90, rows, group.out_size, group.in_size), usual(rows, group)):
+            assert group.out_size % tiles.out == 0
+            assert group.in_size % (tiles.contracted * tiles.splits) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 128])
+def test_few_rows_are_dealt_to_many_programs(rows):
+    # They are bound by reading the weight, and many programs must read it.
+    for group in set(model_groups(MISTRAL_SMALL).values()):
+        tiles = usual(rows, group)
+        assert -(-rows // tiles.rows) * (group.out_size // tiles.out) * tiles.splits >= 264
+
+
+def usual(rows, group):
+    return usual_tiles(90, rows, group.out_size, group.in_size)
+
+
+@pytest.mark.parametrize(("capability", "limit"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227)])
+@pytest.mark.parametrize("rows", [2, 32, 64, 128, 4096])
+def test_tiles_fit_the_shared_memory_of_every_gpu(rows, capability, limit):
+    for group in set(model_groups(MISTRAL_SMALL).values()):
+        tiles = choose_tiles(capability, rows, group.out_size, group.in_size)
+        assert tiles.stages >= 2
+        assert tiles.stages * (tiles.rows + tiles.out) * tiles.contracted <= limit * 1024
 
 
 @pytest.mark.parametrize(("out", "contraction"), [(24, 64), (64, 48)])
