@@ -152,7 +152,9 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 
 SECTIONS = {
-    "fidelity": Section(("cpu-*/fidelity*.json", "nvidia-*/fidelity.json"), fidelity),
+    "fidelity": Section(
+        ("cpu-*/fidelity.json", "cpu-*/fidelity-every-rounding.json", "nvidia-*/fidelity.json"), fidelity
+    ),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),
     "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),
