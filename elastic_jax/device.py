@@ -17,6 +17,11 @@ def default_device() -> Device:
         return jax.devices()[0]
     except RuntimeError as error:
         raise ConfigError(f"JAX finds no device: {error}") from None
+    except AssertionError:  # JAX's answer where it knows the platform and lacks its plugin or its device (0.11.2)
+        raise ConfigError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms!r}: install what it needs (for NVIDIA "
+            "GPUs the extra cuda13 or cuda12, and a driver), or unset JAX_PLATFORMS"
+        ) from None
 
 
 def device_to_compile_for(target: str | None) -> tuple[Device, CompilerOptions]:

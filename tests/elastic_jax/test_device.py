@@ -1,6 +1,7 @@
 """Which device is compiled for, and the commands about targets."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -20,6 +21,22 @@ def command(*arguments):
 
 def test_the_device_at_hand():
     assert device_to_compile_for(None) == (default_device(), {})
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_a_platform_that_is_not_there_is_one_message(platform):
+    script = "from elastic_jax.device import default_device; default_device()"
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 1
+    assert "ConfigError: JAX finds no device" in done.stderr
+    assert platform in done.stderr.splitlines()[-1]
 
 
 def test_unknown_target_changes_nothing():
