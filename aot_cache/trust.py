@@ -5,7 +5,6 @@ user owns it, nobody else can write to it, and it was not downloaded. Access lis
 at.
 """
 
-import json
 import os
 import stat
 from collections.abc import Iterable
@@ -13,15 +12,7 @@ from pathlib import Path
 
 from elastic_jax.errors import ExecutableError
 
-DOWNLOAD_MARK = ".downloaded.json"
-"""A file that marks its folder, and all below, as downloaded."""
-
 _HUB_MARK = Path(".cache", "huggingface")  # huggingface_hub leaves it in a folder it downloads to
-
-
-def mark_downloaded(folder: Path, *, source: str) -> None:
-    """Marks a folder as downloaded: executables below it then need `trust=True`."""
-    (folder / DOWNLOAD_MARK).write_text(json.dumps({"source": source}) + "\n")
 
 
 def reasons_for_distrust(folder: Path, files: Iterable[Path], *, root: Path) -> list[str]:
@@ -42,7 +33,7 @@ def reasons_for_distrust(folder: Path, files: Iterable[Path], *, root: Path) -> 
     folders = folders[: folders.index(root) + 1]
     reasons = [reason for path in (*folders, *files) if (reason := _reason(path))]
     for path in folders:
-        if (path / DOWNLOAD_MARK).exists() or (path / _HUB_MARK).exists():
+        if (path / _HUB_MARK).exists():
             reasons.append(f"{path} was downloaded")
     return reasons
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from aot_cache.trust import mark_downloaded, reasons_for_distrust
+from aot_cache.trust import reasons_for_distrust
 from elastic_jax.errors import ExecutableError, TrustError
 
 
@@ -55,11 +55,6 @@ def test_symbolic_link(checkpoint):
     checkpoint.blob().rename(target)
     checkpoint.blob().symlink_to(target)
     refused(checkpoint, r"d2.p0.greedy.xla is a symbolic link")
-
-
-def test_downloaded_checkpoint(checkpoint):
-    mark_downloaded(checkpoint.root, source="https://example.com")
-    refused(checkpoint, r"checkpoint was downloaded")
 
 
 def test_folder_written_by_the_hub_client(checkpoint):
