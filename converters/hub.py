@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.huggingface import CONFIG, INDEX, SINGLE, TOKENIZER_FILES
+from converters.huggingface import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, TOKENIZER_JSON
 from converters.names import list_names
 from elastic_jax import hub_access
 from elastic_jax.checkpoint_format import MANIFEST
 from elastic_jax.errors import ConversionError
+from elastic_jax.tokenizer import COMPLETE_TOKENIZER
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth")
@@ -50,7 +51,7 @@ def resolve(repository: str, *, revision: str | None, token: str | None) -> HubM
     Raises:
         HubError: there is no such repository or revision, access is refused, the Hub cannot be reached, or the model
             is not in the cache in offline mode.
-        ConversionError: its weights are in no format that is read.
+        ConversionError: its weights or its tokenizer are in no format that is read.
     """
     snapshot = hub_access.resolve(repository, revision=revision, token=token)
     return HubModel(snapshot, () if snapshot.files is None else _needed(snapshot.files, repository))
@@ -66,6 +67,8 @@ def _needed(names: Iterable[str], repository: str) -> tuple[str, ...]:
         raise ConversionError(_no_weights(sorted(found), repository))
     if CONFIG not in found:
         raise ConversionError(f"{repository} holds no {CONFIG}: it is not a model of transformers")
+    if TOKENIZER_JSON not in found:
+        raise ConversionError(f"{repository} holds no {TOKENIZER_JSON}. {COMPLETE_TOKENIZER}")
     return tuple(sorted([CONFIG, *weights, *(name for name in TOKENIZER_FILES if name in found)]))
 
 

@@ -10,12 +10,15 @@ from converters.config import MULTIMODAL_ARCHITECTURE, parse_config
 from converters.names import list_names, match_names
 from converters.safetensors_header import read_header, refuse_types
 from converters.source import Source, SourceTensor, merge_tensors
+from elastic_jax.checkpoint_format import MANIFEST
 from elastic_jax.errors import ConversionError
+from elastic_jax.tokenizer import COMPLETE_TOKENIZER
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_JSON,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -41,9 +44,12 @@ def open_folder(folder: Path, *, repository: str | None, commit: str | None) -> 
     """Reads config and headers, and checks everything that can be checked without reading weights.
 
     Raises:
-        ConversionError: weights are absent, pickled, truncated, unknown, missing, stored twice or mis-shaped.
+        ConversionError: config, tokenizer or weights are absent, or weights are pickled, truncated, unknown, missing,
+            stored twice or mis-shaped.
         ConfigError: the config asks for what is not implemented.
     """
+    if not (folder / CONFIG).is_file():
+        raise ConversionError(_no_config(folder))
     values = read_json(folder / CONFIG)
     files = [read_header(path) for path in _weight_files(folder)]
     stored = merge_tensors({file.name: tensors for file, tensors in files})
@@ -58,6 +64,8 @@ def open_folder(folder: Path, *, repository: str | None, commit: str | None) -> 
     if config.tie_word_embeddings and _LM_HEAD in stored:
         _check_tied(stored[_EMBEDDING], stored[_LM_HEAD], folder)
     tokenizer = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if TOKENIZER_JSON not in tokenizer:
+        raise ConversionError(f"{folder} holds no {TOKENIZER_JSON}. {COMPLETE_TOKENIZER}")
     records = tuple(sorted((file for file, _ in files), key=lambda file: file.name))
     return Source("safetensors", str(folder), repository, commit, config, tensors, records, tokenizer)
 
@@ -77,6 +85,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConversionError(f"{path} should hold a JSON object, found {type(values).__name__}")
     return values
+
+
+def _no_config(folder: Path) -> str:
+    if (folder / MANIFEST).is_file():
+        return f"{folder} is an Elastic checkpoint already: compile it (`elastic-jax compile`) and load it"
+    if ggufs := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"{folder} holds GGUF files: {list_names(ggufs)}. Name the file, not its folder"
+    return f"{folder} holds no {CONFIG}: it is not a Hugging Face folder"
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elastic_jax.checkpoint import Checkpoint
-    from elastic_jax.elastic import ElasticMistral, Score
+    from elastic_jax.elastic import ElasticMistral
     from elastic_jax.errors import ElasticError
     from elastic_jax.generation import Generation, Piece
     from elastic_jax.plan import Plan
+    from elastic_jax.scoring import Score
 
 __all__ = ["Checkpoint", "ElasticError", "ElasticMistral", "Generation", "Piece", "Plan", "Score"]
 
@@ -22,7 +23,7 @@ _HOMES = {
     "Generation": "generation",
     "Piece": "generation",
     "Plan": "plan",
-    "Score": "elastic",
+    "Score": "scoring",
 }
 
 

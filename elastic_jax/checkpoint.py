@@ -181,7 +181,9 @@ class Checkpoint:
                     arrays[folder, name] = StoredArray.open(path / name, struct)
             read = read_to_device(arrays, device, workers=workers, stop=stop or threading.Event(), arrived=arrived)
         except DamagedArrayError as error:
-            raise CheckpointError(f"{error}; `elastic-jax verify {self.path}` lists the damaged files") from None
+            raise CheckpointError(
+                f"{error}; `elastic-jax verify {shlex.quote(str(self.path))}` lists the damaged files"
+            ) from None
         return {folder: {name: read[folder, name] for name in self.leaves(*folder)} for folder in wanted}
 
     def plans(self) -> dict[str, Plan]:
@@ -276,12 +278,13 @@ def some_of(problems: list[str]) -> str:
 
 def _absent(path: Path) -> str:
     """Why there is no checkpoint here, and what to do."""
+    quoted = shlex.quote(str(path))
     if not path.is_dir():
-        return f"no Elastic checkpoint {path}: there is no such folder; make one with `convert-weights SOURCE {path}`"
+        return f"no Elastic checkpoint {path}: there is no such folder; make one with `convert-weights SOURCE {quoted}`"
     if (path / JOURNAL).is_file():
         return f"{path} is an unfinished conversion; finish it with: {_finish_command(path)}"
     if (path / "config.json").is_file():
-        return f"{path} is a Hugging Face folder, not an Elastic checkpoint; convert it: `convert-weights {path} NEW`"
+        return f"{path} is a Hugging Face folder, not an Elastic checkpoint; convert it: `convert-weights {quoted} NEW`"
     return f"{path} is not an Elastic checkpoint: it has no {MANIFEST}; make one with `convert-weights SOURCE NEW`"
 
 
@@ -290,4 +293,4 @@ def _finish_command(path: Path) -> str:
         command = json.loads((path / JOURNAL).read_text("utf-8"))["finish"]
         return shlex.join(["convert-weights", *command["arguments"], str(path), *command["options"]])
     except (OSError, ValueError, KeyError, TypeError):
-        return f"convert-weights SOURCE {path} (its {JOURNAL} is unreadable: add --overwrite)"
+        return f"convert-weights SOURCE {shlex.quote(str(path))} (its {JOURNAL} is unreadable: add --overwrite)"

@@ -199,7 +199,10 @@ class Manifest:
             values = json.loads(path.read_text("utf-8"))
             version = values["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is not the manifest of an Elastic checkpoint: {error!r}") from None
+            raise CheckpointError(
+                f"{path} is not the manifest of an Elastic checkpoint, or is damaged ({error!r}): copy the checkpoint "
+                "again, or convert its source again with --overwrite"
+            ) from None
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path}: format version {version!r}, but this elastic-jax reads version {FORMAT_VERSION}: "

@@ -31,10 +31,10 @@ from elastic_jax.cli_options import (
     note,
     print_value,
     progress_bar,
-    workers_or_default,
 )
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
+from elastic_jax.workers import default_workers
 
 app = typer.Typer(
     name="elastic-jax",
@@ -66,6 +66,7 @@ def convert(
         task = bar.add_task("converting", total=None)
 
         def progress(done: int, total: int, name: str, /) -> None:
+            bar.start()
             bar.update(task, completed=done, total=total, description=name)
 
         checkpoint = run(
@@ -75,7 +76,7 @@ def convert(
             overwrite=overwrite,
             revision=revision,
             token=token,
-            workers=workers_or_default(workers),
+            workers=workers or default_workers(),
             progress=progress,
         )
         bar.update(task, description="converted")
@@ -145,7 +146,9 @@ def compile_modes(
             if seconds is not None:
                 note(f"{mode}  {done:3d}/{total}  {name:28s} {seconds:6.1f} s", as_json)
 
-        manifest = store.compile(step, workers=workers_or_default(workers), progress=progress, compiler_options=options)
+        manifest = store.compile(
+            step, workers=workers or default_workers(), progress=progress, compiler_options=options
+        )
         records = manifest.units.values()
         results.append(
             {
@@ -203,7 +206,7 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.executables import store_folders
 
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.read(checkpoint)  # `open` would stop at the first missing files
     folders = store_folders(checkpoint)
     problems = opened.verify() + [problem for folder in folders for problem in store.verify(folder)]
     files = sum(len(folder.files) for folder in opened.manifest.folders.values())

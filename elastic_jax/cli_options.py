@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value i
 ModeOption = Annotated[str, typer.Option("--mode", "-m", help="A mode of the checkpoint: XL, L, M, S.")]
 ModesOption = Annotated[list[str] | None, typer.Option("--mode", "-m", help="A mode; repeat for more. All if none.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Compute type; float32 is for checks.")]
-WorkersOption = Annotated[int | None, typer.Option(min=1, help="Threads; one per processor core by default.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads; one per processor core, 16 at most, by default.")
+]
 SourceArgument = Annotated[
     str, typer.Argument(help="A Hugging Face folder, a .gguf file, or a Hub id owner/name.", show_default=False)
 ]
@@ -31,14 +32,9 @@ RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit 
 TokenOption = Annotated[str | None, typer.Option(help="Hub token for private models.", envvar="HF_TOKEN")]
 
 
-def workers_or_default(count: int | None) -> int:
-    """As many threads as were asked for, or one per processor core."""
-    return count or min(os.cpu_count() or 1, 16)
-
-
 @contextlib.contextmanager
 def progress_bar(quiet: bool) -> Iterator[Any]:
-    """A progress display on standard error; the same object, silent, where JSON is wanted."""
+    """A progress display on standard error, which its `start` shows; the same object, silent, where JSON is wanted."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -49,8 +45,12 @@ def progress_bar(quiet: bool) -> Iterator[Any]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
+    try:
         yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 def note(message: str, quiet: bool) -> None:

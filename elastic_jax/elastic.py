@@ -1,13 +1,10 @@
 """`ElasticMistral`: one mode of an Elastic checkpoint on one device, ready to generate and to score."""
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-
-import numpy as np
 
 from aot_cache.target import Device, Target
 from elastic_jax.checkpoint import Checkpoint
@@ -35,28 +32,13 @@ from elastic_jax.requests import (
     TokenEvent,
 )
 from elastic_jax.runner import Runner
+from elastic_jax.scoring import Score, score_of
 from elastic_jax.step import ComputeDtype
 from elastic_jax.tokenizer import Tokenizer
+from elastic_jax.workers import default_workers
 
 DEFAULT_NEW_TOKENS = 256
 """Most tokens of an answer unless told otherwise; fewer where the context ends before."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """How likely a continuation is after a context.
-
-    Attributes:
-        log_probability: of the whole continuation, nats.
-        token_log_probabilities: of each of its tokens, nats.
-        is_greedy: whether each of its tokens is the most likely one.
-        token_ids: the continuation's tokens.
-    """
-
-    log_probability: float
-    token_log_probabilities: tuple[float, ...]
-    is_greedy: bool
-    token_ids: tuple[int, ...]
 
 
 class ElasticMistral:
@@ -164,7 +146,7 @@ class ElasticMistral:
         else:
             refuse_revision(path, revision)
             checkpoint = Checkpoint.open(path)
-        threads = workers if workers is not None else min(os.cpu_count() or 1, 16)
+        threads = default_workers() if workers is None else workers
         with phases.measure("plan"):
             plan = checkpoint.plan(mode)
             checkpoint.folders(plan)  # executables would be of no use without the weights
@@ -242,7 +224,7 @@ class ElasticMistral:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=dict(logit_bias or {}),
+            logit_bias={} if logit_bias is None else logit_bias,
             seed=seed,
             top_log_probabilities=top_log_probabilities,
         )
@@ -323,7 +305,7 @@ class ElasticMistral:
                         events[event.request] = event
         finally:
             self._delivery.close(inbox)
-        return [_score(request, events[number]) for request, number in zip(requests, inbox.numbers, strict=True)]
+        return [score_of(request, events[number]) for request, number in zip(requests, inbox.numbers, strict=True)]
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -357,15 +339,3 @@ class ElasticMistral:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _score(request: ScoreRequest, event: ScoreEvent) -> Score:
-    if not event.finite:
-        raise RequestError("the model's logits are not finite for this text: check the checkpoint with `verify`")
-    wanted = np.asarray(request.tokens[request.first :])
-    return Score(
-        log_probability=float(event.log_probabilities.astype(np.float64).sum()),
-        token_log_probabilities=tuple(float(value) for value in event.log_probabilities),
-        is_greedy=bool((event.argmax == wanted).all()),
-        token_ids=request.tokens[request.first :],
-    )

@@ -1,6 +1,7 @@
 """A mode's executables: where they are stored, what they must match, how they are compiled and loaded."""
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ _BUCKETS = {
     ),
 }
 """Steps compiled by default. On CPU a step's time grows with its tokens, so mixed and larger ones save nothing."""
+
+_LOAD_COMPILING = 'load with on_missing="compile", --on-missing compile'
 
 PAGE_SIZE = 64
 _TOP_N = 20
@@ -114,12 +117,16 @@ class ModeStore:
     def hint(self) -> str:
         """What to do if the store cannot be used."""
         if self.checkpoint.home != self.checkpoint.path:
-            return 'To compile instead, load with on_missing="compile" (--on-missing compile)'
-        options = "" if self.dtype == "bfloat16" else f" --dtype {self.dtype}"
-        return (
-            f"Compile with: elastic-jax compile {self.checkpoint.path} --mode {self.plan.name}{options}   "
-            '(or load with on_missing="compile")'
-        )
+            return f"To compile instead, {_LOAD_COMPILING}"
+        return f"Compile with: {self.compile_command()}   (or {_LOAD_COMPILING})"
+
+    def compile_command(self, **sizes: int | None) -> str:
+        """The command that compiles the mode; `sizes` are further options and their values, without those of None."""
+        words = ["elastic-jax", "compile", str(self.checkpoint.path), "--mode", self.plan.name]
+        words += [] if self.dtype == "bfloat16" else ["--dtype", self.dtype]
+        for name, value in sizes.items():
+            words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        return shlex.join(words)
 
     def pool_folder(self, kv_slots: int) -> Path:
         """Where the store for a pool of so many slots is."""

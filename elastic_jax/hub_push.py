@@ -169,8 +169,9 @@ def _store_files(checkpoint: Checkpoint, folder: Path, plans: Iterable[Plan]) ->
         "config_hash": checkpoint.config.digest(),
         "source_hash": traced_source_digest(),
     }
+    meanings = {"plan_hash": "another plan", "config_hash": "another model", "source_hash": "another elastic-jax"}
     if other := [name for name, value in expected.items() if manifest.identity.get(name) != value]:
-        raise ExecutableError(f"{folder} was compiled for another {other[0].removesuffix('_hash')}. {advice}")
+        raise ExecutableError(f"{folder} was compiled for {meanings[other[0]]}. {advice}")
     paths = [folder / STORE_MANIFEST, *(blob_path(folder, name) for name in manifest.units)]
     return {path.relative_to(checkpoint.path).as_posix(): path for path in paths}
 

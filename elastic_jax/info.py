@@ -1,5 +1,6 @@
 """What a checkpoint holds, for people and as JSON; nothing is loaded."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,14 @@ def _describe_store(folder: Path) -> dict[str, Any]:
         "problem": None,
     }
     try:
-        manifest = read_manifest(folder, hint="compile it again")
+        manifest = read_manifest(folder, hint="Compile it again")
         return described | {
             "units": len(manifest.units),
             "bytes": sum(record.size for record in manifest.units.values()),
             **{name: manifest.identity[name] for name in ("jax", "dtype", "kv_slots", "max_context")},
         }
     except KeyError as error:
-        return described | {"problem": f"{folder}: its manifest does not name {error}: compile it again"}
+        return described | {"problem": f"{folder}: its manifest does not name {error}. Compile it again"}
     except ElasticError as error:
         return described | {"problem": str(error)}
 
@@ -96,7 +97,7 @@ def render(info: dict[str, Any]) -> str:
     lines += ["", *sorted(notes)] if notes else []
     lines.append("")
     if not info["executables"]:
-        compiling = f"compile with `elastic-jax compile {info['path']}`"
+        compiling = f"compile with `elastic-jax compile {shlex.quote(info['path'])}`"
         lines.append(f"no executables: {'loading compiles them' if is_remote(info['path']) else compiling}")
     for store in info["executables"]:
         if store["problem"]:

@@ -37,8 +37,8 @@ class Limits:
         if not request.prompt:
             raise RequestError("the prompt is empty: give at least one token")
         self._check_tokens(request.prompt, "the prompt")
-        _check_count("max_new_tokens", request.max_new_tokens, 1)
-        _check_count("choices", request.choices, 1)
+        check_count("max_new_tokens", request.max_new_tokens, 1)
+        check_count("choices", request.choices, 1)
         prompt, new = len(request.prompt), request.max_new_tokens
         self._check_length(prompt + new, f"{prompt} prompt tokens and {new} new ones")
         bias = request.sampling.logit_bias
@@ -67,12 +67,17 @@ class Limits:
             raise RequestError(f"{what} need a context of {needed} tokens, and the longest here is {self.max_context}")
 
     def _check_top(self, wanted: int) -> None:
-        _check_count("top_log_probabilities", wanted, 0)
+        check_count("top_log_probabilities", wanted, 0)
         if wanted > self.step.top_n:
             raise RequestError(f"{wanted} top log-probabilities wanted, and at most {self.step.top_n} were compiled")
 
 
-def _check_count(name: str, value: object, least: int) -> None:
+def check_count(name: str, value: object, least: int) -> None:
+    """Checks that an argument is an integer and large enough.
+
+    Raises:
+        RequestError: it is something else; `name` says which argument.
+    """
     if not isinstance(value, int) or isinstance(value, bool):
         raise RequestError(f"{name} must be an integer, found {value!r}")
     if value < least:

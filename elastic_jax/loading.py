@@ -7,6 +7,7 @@ from aot_cache.store import verify
 from aot_cache.target import Target
 from elastic_jax.errors import ElasticError, ExecutableError, MemoryPlanError, MismatchError, RequestError
 from elastic_jax.executables import ModeStore, default_step_config
+from elastic_jax.limits import check_count
 from elastic_jax.memory import available_memory
 from elastic_jax.pools import Pool, Say, choose_pool, default_pool
 
@@ -35,12 +36,16 @@ def usable_pool(
 
     Raises:
         ExecutableError: there are none, or they cannot be compiled.
-        RequestError: `max_context` is longer than what was compiled.
+        RequestError: `max_context` is longer than what was compiled or than the model's positions, or a number is no
+            positive integer.
         MemoryPlanError: the mode does not fit on the device; the message says what would.
     """
-    for name, wanted in (("max_context", max_context), ("kv_slots", kv_slots)):
-        if wanted is not None and wanted < 1:
-            raise RequestError(f"{name} must be at least 1, found {wanted}")
+    for name, wanted in (("max_context", max_context), ("kv_slots", kv_slots), ("workers", workers)):
+        if wanted is not None:
+            check_count(name, wanted, 1)
+    positions = store.checkpoint.config.max_position_embeddings
+    if max_context is not None and max_context > positions:
+        raise RequestError(f"max_context {max_context} is more than the {positions} positions of the model")
     if on_missing == "compile" and (reason := _reason_to_compile(store, kv_slots, max_context)):
         sentence, too_large = reason
         say(f"compiling mode {store.plan.name} for {Target.of(store.device).folder}, because {sentence}")

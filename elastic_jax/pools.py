@@ -122,8 +122,8 @@ def choose_pool(store: ModeStore, *, kv_slots: int | None, max_context: int | No
     if not long_enough:
         longest = max(step.max_context for step in steps)
         raise RequestError(
-            f"max_context {max_context} was asked for, and the executables were compiled for up to {longest} tokens: "
-            "compile with --max-context for more"
+            f"max_context {max_context} was asked for, and the executables were compiled for up to {longest} tokens. "
+            f"Compile for more with: {store.compile_command(max_context=max_context)}"
         )
     available = available_memory(store.device)
     pools = [Pool(step, _memory(store, step)) for step in long_enough]
@@ -160,7 +160,7 @@ def _usable(store: ModeStore, kv_slots: int | None, say: Say) -> list[StepConfig
     if kv_slots is not None and whole_pages(kv_slots) not in pools:
         raise ExecutableError(
             f"mode {store.plan.name} is not compiled for a KV pool of {kv_slots} tokens; pools compiled: {pools}. "
-            f"{store.hint}"
+            f"Compile with: {store.compile_command(kv_slots=kv_slots)}"
         )
     steps: list[StepConfig] = []
     refused: list[tuple[int, ExecutableError]] = []

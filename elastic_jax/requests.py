@@ -81,6 +81,7 @@ class SamplingParams:
         self._require("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]")
         self._require("top_log_probabilities", self.top_log_probabilities >= 0, "at least 0")
         self._require("seed", self.seed is None or 0 <= self.seed < 2**64, "None or in [0, 2**64)")
+        self._require("logit_bias", isinstance(self.logit_bias, Mapping), "a mapping from token ids to numbers")
         for token, bias in self.logit_bias.items():
             if not is_integer(token):
                 raise RequestError(f"logit_bias must have token ids as keys, found {token!r}")
@@ -88,6 +89,7 @@ class SamplingParams:
                 raise RequestError(
                     f"logit_bias of token {token} must be -inf or in [{-MAX_BIAS}, {MAX_BIAS}], found {bias!r}"
                 )
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # the caller may change its own meanwhile
 
     def _require(self, name: str, satisfied: bool, expected: str) -> None:
         if not satisfied:

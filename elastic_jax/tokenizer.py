@@ -27,6 +27,11 @@ TEKKEN_PATTERN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+COMPLETE_TOKENIZER = (
+    "A folder with only tekken.json or tokenizer.model is completed by "
+    "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+)
+
 
 class Tokenizer:
     """A byte-level or sentencepiece-like BPE tokenizer with its special tokens and chat template. Made by `load`.
@@ -70,10 +75,7 @@ class Tokenizer:
         """
         source = path / "tokenizer.json"
         if not source.is_file():
-            raise TokenizerError(
-                f"{path}: expected tokenizer.json, found {_names(path)}. A folder with only tekken.json or "
-                "tokenizer.model is completed by transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-            )
+            raise TokenizerError(f"{path}: expected tokenizer.json, found {_names(path)}. {COMPLETE_TOKENIZER}")
         try:
             backend = tokenizers.Tokenizer.from_file(str(source))
         except Exception as error:  # `tokenizers` raises nothing more specific
@@ -153,11 +155,6 @@ class Tokenizer:
     def detokenizer(self, skip_special_tokens: bool) -> Detokenizer:
         """Decodes one growing sequence piece by piece; all pieces together are what `decode` gives."""
         return Detokenizer(self._backend, self._scheme, self.special_ids if skip_special_tokens else frozenset())
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `apply_chat_template` can work."""
-        return self._chat_template is not None
 
     def render_chat(
         self,

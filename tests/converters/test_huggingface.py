@@ -86,11 +86,24 @@ def test_mistrals_own_naming_is_refused(write_folder, config, weights):
 
 
 def test_a_folder_without_weights_or_config_is_refused(tmp_path, config):
-    with pytest.raises(ConversionError, match=r"config\.json cannot be read"):
+    with pytest.raises(ConversionError, match=r"holds no config\.json: it is not a Hugging Face folder"):
+        opened(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConversionError, match=r"holds GGUF files: model\.gguf\. Name the file"):
+        opened(tmp_path)
+    (tmp_path / "elastic.json").touch()
+    with pytest.raises(ConversionError, match="is an Elastic checkpoint already"):
         opened(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match="holds no weights"):
         opened(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_the_work(write_folder, config, weights):
+    folder = write_folder(config, weights)
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    with pytest.raises(ConversionError, match=r"holds no tokenizer\.json.*AutoTokenizer"):
+        opened(folder)
 
 
 def test_other_types_are_refused_by_name(write_folder, config, weights):

@@ -150,6 +150,8 @@ def test_convert_makes_a_checkpoint_and_keeps_it(call: Call, tmp_path: Path, pro
     assert called.status == 0
     assert called.out.startswith(f"{tmp_path / 'new'}: ")
     assert all(f"{mode} (" in called.out for mode in ("XL", "L", "M", "S"))
+    assert "converted" in called.err
+    assert call(*arguments, program=program).err == ""  # nothing was converted: no progress is shown
     again = call(*arguments, "--json", program=program)
     assert (again.status, again.err) == (0, "")
     values = json.loads(again.out)
@@ -168,6 +170,8 @@ def test_convert_of_one_precision_names_its_modes_alone(call: Call, tmp_path: Pa
 
 def test_convert_refuses_what_it_cannot_read_or_write(call: Call, tmp_path: Path) -> None:
     assert_refused(call("convert", "/nowhere", tmp_path / "new", "--json"), "/nowhere")
+    message = call("convert", "/nowhere", tmp_path / "new").err
+    assert message.startswith("error: there is no file or folder /nowhere")  # and no progress before it
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "diary.txt").write_text("dear diary")
     assert_refused(call("convert", FIXTURES / "tiny_mistral", tmp_path / "taken", "--json"), "taken")
@@ -251,6 +255,16 @@ def test_verify_names_every_damaged_file(call: Call, folder: Path) -> None:
     assert len(json.loads(called.out)["problems"]) == 2
 
 
+def test_verify_names_every_missing_file(call: Call, folder: Path) -> None:
+    missing = list((folder / "weights").rglob("*.zarray"))
+    for file in missing:
+        file.unlink()
+    called = call("verify", folder, "--json")
+    assert called.status == 1
+    problems = [f"{file.relative_to(folder)}: missing" for file in missing]
+    assert sorted(json.loads(called.out)["problems"]) == sorted(problems)
+
+
 def test_verify_notices_a_store_without_a_manifest(call: Call, folder: Path) -> None:
     (manifest,) = folder.glob("executables/*/*/*/manifest.json")
     manifest.unlink()
@@ -261,8 +275,8 @@ def test_verify_notices_a_store_without_a_manifest(call: Call, folder: Path) -> 
 
 def test_verify_refuses_what_is_no_checkpoint(call: Call, folder: Path) -> None:
     assert_refused(call("verify", folder / "weights"), "is not an Elastic checkpoint")
-    next((folder / "weights").rglob("*.zarray")).unlink()
-    assert_refused(call("verify", folder), "is damaged", "missing")
+    (folder / "elastic.json").write_text("{}")
+    assert_refused(call("verify", folder), "elastic.json is not the manifest of an Elastic checkpoint", "--overwrite")
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
@@ -341,7 +355,8 @@ def test_generate_samples_chats_and_stops(call: Call, compiled: CompiledTiny) ->
         (("--seed", "-1"), "seed must be"),
         (("--stop", ""), "a stop string is empty"),
         (("--max-new-tokens", "5000"), "the longest here is 256"),
-        (("--max-context", "1000"), "compiled for up to 256"),
+        (("--max-context", "300"), "compiled for up to 256"),
+        (("--max-context", "1000"), "more than the 512 positions"),
         (("--mode", "XXL"), "has no mode 'XXL'"),
         (("--mode", "L"), "elastic-jax compile"),
     ],

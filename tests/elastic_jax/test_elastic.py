@@ -14,7 +14,7 @@ import pytest
 from tiny import CompiledTiny
 
 from elastic_jax import ElasticMistral, Generation, Piece
-from elastic_jax.errors import CheckpointError, ConfigError, PlanError, RequestError
+from elastic_jax.errors import CheckpointError, ConfigError, ExecutableError, PlanError, RequestError
 
 CHAT = [{"role": "user", "content": "Hello"}]
 
@@ -265,7 +265,15 @@ def test_what_cannot_be_done_is_said_at_once(
 
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
-    "options", [{"seed": 1.5}, {"max_new_tokens": 2.5}, {"choices": "2"}, {"temperature": "1"}, {"stop": [3]}]
+    "options",
+    [
+        {"seed": 1.5},
+        {"max_new_tokens": 2.5},
+        {"choices": "2"},
+        {"temperature": "1"},
+        {"stop": [3]},
+        {"logit_bias": [1]},
+    ],
 )
 def test_arguments_of_a_wrong_type_are_said_too(model: ElasticMistral, options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="must be"):
@@ -366,8 +374,13 @@ def test_max_context_can_be_shortened(compiled: CompiledTiny) -> None:
         ({"mode": "XXL"}, PlanError, r"has no mode 'XXL'; modes there: \['L', 'M', 'S', 'XL'\]"),
         ({"dtype": "float16"}, ConfigError, 'dtype must be "bfloat16" or "float32", found \'float16\''),
         ({"on_missing": "ignore"}, ConfigError, 'on_missing must be "error" or "compile"'),
-        ({"max_context": 257}, RequestError, "compiled for up to 256 tokens: compile with --max-context for more"),
+        ({"max_context": 257}, RequestError, r"up to 256 tokens\. Compile for more with: .* --max-context 257$"),
+        ({"max_context": 513}, RequestError, "max_context 513 is more than the 512 positions of the model"),
         ({"max_context": 0}, RequestError, "max_context must be at least 1, found 0"),
+        ({"max_context": 1.5}, RequestError, "max_context must be an integer, found 1.5"),
+        ({"kv_slots": "5"}, RequestError, "kv_slots must be an integer, found '5'"),
+        ({"kv_slots": 5000}, ExecutableError, r"pools compiled: \[1024\]. Compile with: .* --kv-slots 5000$"),
+        ({"workers": 0}, RequestError, "workers must be at least 1, found 0"),
         ({"path": "/nowhere"}, CheckpointError, "no Elastic checkpoint /nowhere"),
     ],
 )
