@@ -4,30 +4,18 @@ import dataclasses
 
 import jax
 import pytest
-from tiny import tiny_step_config
+from tiny import MISTRAL_SMALL, tiny_step_config
 
 from aot_cache.compiler import compile_units
 from aot_cache.targets import absent_device, find, names
-from elastic_jax.config import ModelConfig
 from elastic_jax.plan import provisional_plans
 from elastic_jax.step import Bucket
 from elastic_jax.units import make_units
 
-CONFIG = ModelConfig(
-    vocab_size=256,
-    hidden_size=128,
-    intermediate_size=256,
-    num_layers=1,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=64,
-    rms_norm_eps=1e-5,
-    rope_theta=1e4,
-    max_position_embeddings=512,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    pad_token_id=0,
+CONFIG = dataclasses.replace(
+    MISTRAL_SMALL,
+    **{"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_layers": 1},
+    **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
 )
 
 STEP = dataclasses.replace(
