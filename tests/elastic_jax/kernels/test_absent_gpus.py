@@ -14,8 +14,13 @@ from elastic_jax.units import make_units
 
 CONFIG = dataclasses.replace(
     MISTRAL_SMALL,
-    **{"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_layers": 1},
-    **{"num_heads": 4, "num_kv_heads": 2, "head_dim": 64},
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
 )
 
 STEP = dataclasses.replace(
