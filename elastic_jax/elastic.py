@@ -329,6 +329,7 @@ class ElasticMistral:
                 "units": list(self.engine.runner.unit_names),
             },
             "attention": step.attention,
+            "integer_dot": step.integer_dot,
             "kv_capacity_tokens": step.kv_slots,
             "kv_pools_compiled": store.pools,
             "rows": step.rows,
