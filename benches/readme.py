@@ -115,6 +115,19 @@ def steps(results: list[dict[str, Any]]) -> str:
     return f"{where(here)}; `benches/steps.py`:\n\n{table(head, rows)}\n\n" + "\n".join(facts)
 
 
+def headline(results: list[dict[str, Any]]) -> str:
+    """The first thing a reader sees: batch 1 at a context of 256, and the time to start."""
+    speeds = next(result for result in results if result["bench"] == "steps")
+    start = next(result for result in results if result["bench"] == "loading")
+    rows = [row for row in speeds["rows"] if (row["what"], row["batch"], row["context"]) == ("decode", 1, 256)]
+    each_mode = " and ".join(f"{row['tok_s']:.0f} tokens a second in mode {row['mode']}" for row in rows)
+    seconds = max(row["process_to_token_s"] for row in start["rows"])
+    return (
+        f"On one {speeds['environment']['device']}, Mistral-Small-3.1-24B's shape generates {each_mode}, and a new "
+        f"process gives its first token in mode {start['mode']} after {seconds:.0f} s ([how](#measured))."
+    )
+
+
 def loading(result: dict[str, Any]) -> str:
     seconds = [row["process_to_token_s"] for row in result["rows"]]
     rate = min(row["weights_gb_per_s"] for row in result["rows"])
@@ -152,6 +165,7 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 
 SECTIONS = {
+    "headline": Section(("*/steps.json", "*/loading.json"), headline),
     "fidelity": Section(
         ("cpu-*/fidelity.json", "cpu-*/fidelity-every-rounding.json", "nvidia-*/fidelity.json"), fidelity
     ),
