@@ -26,7 +26,7 @@ from aot_cache.store import load
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.engine import Engine
-from elastic_jax.executables import default_step_config
+from elastic_jax.executables import default_compiler_options, default_step_config
 from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.requests import GenerateRequest, SamplingParams
 from elastic_jax.runner import Runner
@@ -39,7 +39,8 @@ def make_engine(config: ModelConfig, plan: Plan, step: StepConfig, weights: Weig
     device = jax.devices()[0]
     wanted = ("greedy", "admit", "start")
     units = [unit for unit in make_units(config, plan, step) if unit.name.endswith(wanted)]
-    compile_units(units, folder, {}, device, workers=2, progress=lambda *_: None)
+    options = default_compiler_options(device.platform)
+    compile_units(units, folder, {}, device, workers=2, progress=lambda *_: None, compiler_options=options)
     loaded = load(folder, {}, device, root=folder, units=None, trust=True, workers=2, hint="")
     return Engine(Runner(config, step, loaded, weights, device), step.max_context)
 

@@ -31,6 +31,7 @@ from environment import report
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.executables import default_compiler_options
 from elastic_jax.model import Mistral
 from elastic_jax.plan import MODES, Plan
 from elastic_jax.tokenizer import Tokenizer
@@ -71,7 +72,9 @@ def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, wind
         return jax.nn.log_softmax(model.logits(x), axis=-1)
 
     tokens = jax.ShapeDtypeStruct((window,), jnp.int32)
-    compiled = jax.jit(log_probabilities).lower(weights, tokens).compile()
+    compiled = (
+        jax.jit(log_probabilities).lower(weights, tokens).compile(dict(default_compiler_options(device.platform)))
+    )
     return lambda tokens: compiled(weights, tokens)
 
 

@@ -24,7 +24,7 @@ from aot_cache.compiler import compile_units
 from aot_cache.store import load
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.engine import Engine
-from elastic_jax.executables import default_step_config
+from elastic_jax.executables import default_compiler_options, default_step_config
 from elastic_jax.plan import MODES
 from elastic_jax.requests import GenerateRequest, SamplingParams, TokenEvent
 from elastic_jax.runner import Runner
@@ -47,7 +47,8 @@ def greedy(checkpoint: Checkpoint, mode: str, dtype: ComputeDtype, prompts: list
     ]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "store"
-        compile_units(units, folder, {}, device, workers=4, progress=lambda *_: None)
+        options = default_compiler_options(device.platform)
+        compile_units(units, folder, {}, device, workers=4, progress=lambda *_: None, compiler_options=options)
         loaded = load(folder, {}, device, root=folder, units=None, trust=True, workers=4, hint="")
     weights = load_weights(checkpoint, plan, dtype, device, workers=4, progress=None)
     engine = Engine(Runner(checkpoint.config, step, loaded, weights, device), step.max_context)

@@ -44,26 +44,13 @@ def fidelity(results: list[dict[str, Any]]) -> str:
         same = ("text_sha256", "tokens", "window", "source")
         if any(result[key] != first[key] for key in same) or len(result["rows"]) != len(first["rows"]):
             raise ValueError("results of the fidelity bench are of different texts, windows or models")
-    kept = {result["environment"].get("xla_flags", ""): " (1)" for result in results if _keeps_roundings(result)}
-    columns = [
-        f"KL, {result['environment']['device']}{kept.get(result['environment'].get('xla_flags', ''), '')}"
-        for result in results
-    ]
+    columns = [f"KL, {result['environment']['device']}" for result in results]
     model = first["source"]["files"][0]["name"]
-    note = (
-        "\n\n(1) with every rounding to bf16 that the program names (`XLA_FLAGS=--xla_allow_excess_precision=false`): "
-        "on CPU XLA leaves some out, which is why mode XL is nearer to float32 there than on a GPU."
-    )
     return (
         f"{model}, {first['tokens']} tokens of {first['text_name']} in windows of {first['window']} "
         f"(`benches/fidelity.py`; KL in nats, perplexity and flips from the first column's device):\n\n"
         + table(["mode", "tokens' role", *columns, "perplexity", "top-1 flips"], rows)
-        + (note if kept else "")
     )
-
-
-def _keeps_roundings(result: dict[str, Any]) -> bool:
-    return "xla_allow_excess_precision=false" in result["environment"].get("xla_flags", "")
 
 
 def context(result: dict[str, Any]) -> str:
@@ -166,9 +153,7 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 SECTIONS = {
     "headline": Section(("*/steps.json", "*/loading.json"), headline),
-    "fidelity": Section(
-        ("cpu-*/fidelity.json", "cpu-*/fidelity-every-rounding.json", "nvidia-*/fidelity.json"), fidelity
-    ),
+    "fidelity": Section(("cpu-*/fidelity.json", "nvidia-*/fidelity.json"), fidelity),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),
     "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),

@@ -64,6 +64,12 @@ def test_an_undamaged_copy_loads(folder: Path) -> None:
     assert load(folder).generate([5], max_new_tokens=2).token_ids
 
 
+def test_cpu_units_keep_every_rounding(store: Path) -> None:
+    """Else what a token's neighbours are would decide which roundings XLA leaves out."""
+    identity = json.loads((store / "manifest.json").read_text())["identity"]
+    assert identity["compiler_options"] == {"xla_allow_excess_precision": False}
+
+
 def test_no_executables_at_all(folder: Path, store: Path) -> None:
     shutil.rmtree(store)
     with pytest.raises(ExecutableError) as refused:
