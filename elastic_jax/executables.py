@@ -36,8 +36,8 @@ _BUCKETS = {
 
 _COMPILER_OPTIONS: dict[str, CompilerOptions] = {"cpu": {"xla_allow_excess_precision": False}, "gpu": {}}
 """XLA options of every compilation. XLA may leave out a rounding to bf16 between operations that it fuses, and on CPU
-does: results would depend on the bucket, and mode XL would be nearer to float32 than on a GPU, by an eighth of the
-distance. To keep them costs 3 % of a step in mode XL on CPU, and nothing in S."""
+does: results would depend on the bucket, and mode XL would be nearer to float32 than on a GPU (see
+`fidelity-excess-precision.json` among the benches' results)."""
 
 _LOAD_COMPILING = 'load with on_missing="compile", --on-missing compile'
 

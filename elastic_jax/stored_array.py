@@ -1,9 +1,9 @@
 """Arrays on disk, as `checkpoint_io.write_arrays` has Orbax store them, read straight into memory.
 
 Orbax writes zarr (version 2): a folder with a description, `.zarray`, and one file a chunk. Without compression a chunk
-is the bytes of a block of the array, so reading one is copying a file to its place. Orbax itself reaches a twentieth of
-the page cache's speed here, because every byte passes through several fresh buffers (0.4 to 0.6 GB/s on two cores that
-read cached files at 11). Orbax reads the same arrays from the same files, and a test says so.
+is the bytes of a block of the array, so reading one is copying a file to its place. Orbax itself stays far below the
+page cache's speed, because every byte passes through several fresh buffers. It reads the same arrays from the same
+files, and a test says so.
 """
 
 import dataclasses

@@ -88,7 +88,11 @@ def run(
     *,
     interpret: bool,
 ) -> Float32[Array, "rows out"]:
-    """`integer_dot` with a given size of tiles, or in Pallas's interpreter, which runs anywhere."""
+    """`integer_dot` with a given size of tiles, or in Pallas's interpreter, which runs anywhere.
+
+    Raises:
+        ConfigError: the weight does not divide into the tiles.
+    """
     rows, contraction = x.shape
     out = values.shape[0]
     check_tiles(tiles, out, contraction)
