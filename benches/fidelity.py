@@ -48,7 +48,7 @@ def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, wind
     config = checkpoint.config
     device = jax.devices()[0]
     weights = load_weights(checkpoint, plan, dtype, device, workers=2, progress=None)
-    attention, dot = kernels.default_names(config, device.platform)
+    attention, dot, _ = kernels.default_names(config, device.platform, dtype)
 
     def prompt_attention(query: Any, kv: Any, batch: TokenBatch) -> Any:
         """Attention of prompt tokens, whatever role their products have."""
@@ -67,7 +67,7 @@ def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, wind
             generated=window if role == "generated" else 0,
             page_size=PAGE,
         )
-        model = Mistral(config, weights, attention=prompt_attention, dot=kernels.dot(dot), dtype=jnp.dtype(dtype))
+        model = Mistral(config, weights, attention=prompt_attention, dot=kernels.dot(dot), decode=None, dtype=jnp.dtype(dtype))
         x, _ = model(tokens, (cache,) * config.num_layers, batch)
         return jax.nn.log_softmax(model.logits(x), axis=-1)
 

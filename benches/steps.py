@@ -141,6 +141,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
         "max_context": step.max_context,
         "attention": step.attention,
         "integer_dot": step.integer_dot,
+        "decode": step.decode,
         "compile_events": counter.count(),
         "ptxas": shutil.which("ptxas"),
         "checks": checks,

@@ -330,6 +330,7 @@ class ElasticMistral:
             },
             "attention": step.attention,
             "integer_dot": step.integer_dot,
+            "decode": step.decode,
             "kv_capacity_tokens": step.kv_slots,
             "kv_pools_compiled": store.pools,
             "rows": step.rows,

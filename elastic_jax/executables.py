@@ -70,7 +70,7 @@ def default_step_config(
             f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"
         )
     buckets = _BUCKETS[platform]
-    attention, integer_dot = kernels.default_names(model, platform)
+    attention, integer_dot, decode = kernels.default_names(model, platform, dtype)
     return StepConfig(
         rows=max(bucket.generated for bucket in buckets),
         page_size=PAGE_SIZE,
@@ -82,6 +82,7 @@ def default_step_config(
         buckets=buckets,
         attention=attention,
         integer_dot=integer_dot,
+        decode=decode,
     )
 
 
@@ -228,6 +229,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
+        kernels.prepare_to_load(step.decode)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

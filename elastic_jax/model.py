@@ -5,6 +5,7 @@ attention, SwiGLU. This file knows no quantization, plan, mesh or compilation: a
 caller's dot takes, and dot and attention are whichever implementations the caller names.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -139,6 +140,25 @@ class Block(nnx.Module):
         return x, kv
 
 
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """An implementation of what steps of generated tokens alone run: all layers, and the language-model head, at once.
+
+    What it computes is what `Block` and `Linear` compute.
+
+    Attributes:
+        takes: (layers, tokens) -> whether it runs so many tokens.
+        run_layers: (layers, x, kv, batch) -> what `Mistral.__call__` returns.
+        takes_head: (weight, rows) -> whether it runs so many rows.
+        run_head: (norm, weight, x) -> what `Mistral.logits` returns.
+    """
+
+    takes: Callable[..., bool]
+    run_layers: Callable[..., tuple[Array, tuple[Array, ...]]]
+    takes_head: Callable[..., bool]
+    run_head: Callable[..., Array]
+
+
 class Mistral(nnx.Module):
     """The decoder.
 
@@ -149,13 +169,22 @@ class Mistral(nnx.Module):
             the embedding (tied).
         attention: the implementation of attention.
         dot: the implementation of products with weights.
+        decode: runs the steps of generated tokens that it takes; None composes all steps of attention and dots.
         dtype: type of the residual stream.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Any], *, attention: Attention, dot: Dot, dtype: jnp.dtype
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Any],
+        *,
+        attention: Attention,
+        dot: Dot,
+        decode: Decode | None,
+        dtype: jnp.dtype,
     ) -> None:
         self.config = config
+        self.decode = decode
         self.dtype = dtype
         self.embedding = nnx.Param(weights["embedding"])
         self.layers = nnx.List([Block(config, weights, i, attention, dot) for i in range(config.num_layers)])
@@ -168,7 +197,10 @@ class Mistral(nnx.Module):
         """The residual stream after the last layer, and every layer's cache with this step's tokens in it."""
         with jax.named_scope("embed"):
             x = self.embedding.get_value().at[token].get(mode="clip").astype(self.dtype)
-            angles = rotation(batch.position, self.config.head_dim, self.config.rope_theta)
+        generated_alone = batch.generated == token.shape[0]
+        if self.decode is not None and generated_alone and self.decode.takes(self.layers, batch.generated):
+            return self.decode.run_layers(self.layers, x, kv, batch)
+        angles = rotation(batch.position, self.config.head_dim, self.config.rope_theta)
         written = []
         for i, (layer, cache) in enumerate(zip(self.layers, kv, strict=True)):
             with jax.named_scope(f"layer_{i}"):
@@ -179,4 +211,7 @@ class Mistral(nnx.Module):
     def logits(self, x: Float[Array, "rows hidden"]) -> Float32[Array, "rows vocab"]:
         """Next-token logits of some rows of the residual stream."""
         with jax.named_scope("lm_head"):
+            weight = self.lm_head.weight.get_value()
+            if self.decode is not None and self.decode.takes_head(weight, x.shape[0]):
+                return self.decode.run_head(self.final_norm, weight, x)
             return self.lm_head(self.final_norm(x), generated=x.shape[0])

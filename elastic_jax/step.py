@@ -68,6 +68,7 @@ class StepConfig:
         buckets: sizes of step.
         attention: name of the attention implementation (`kernels.ATTENTION`).
         integer_dot: name of the implementation of integer dots (`kernels.INTEGER_DOT`).
+        decode: name of the implementation of steps that only generate (`kernels.DECODE`).
     """
 
     rows: int
@@ -80,6 +81,7 @@ class StepConfig:
     buckets: tuple[Bucket, ...]
     attention: str
     integer_dot: str
+    decode: str
 
     def __post_init__(self) -> None:
         """Refuses sizes that no engine could run on.

@@ -34,7 +34,8 @@ def step_name(bucket: Bucket, variant: steps.Variant) -> str:
 def build_model(config: ModelConfig, weights: dict[str, Any], step: StepConfig) -> Mistral:
     """The module over given weights: arrays, or shapes."""
     attention, dot = kernels.attention(step.attention), kernels.dot(step.integer_dot)
-    return Mistral(config, weights, attention=attention, dot=dot, dtype=jnp.dtype(step.dtype))
+    decode = kernels.decode(step.decode)
+    return Mistral(config, weights, attention=attention, dot=dot, decode=decode, dtype=jnp.dtype(step.dtype))
 
 
 def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
@@ -108,6 +109,6 @@ def traced_source_digest() -> str:
     package = Path(__file__).parent
     names = ("batch", "model", "quantization", "sampling", "step", "units", "weights", "groups")
     files = [package / f"{name}.py" for name in names] + sorted(
-        path for path in (package / "kernels").rglob("*") if path.suffix in (".py", ".json")
+        path for path in (package / "kernels").rglob("*") if path.suffix in (".py", ".json", ".so")
     )
     return source_digest(files, relative_to=package)

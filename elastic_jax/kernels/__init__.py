@@ -1,7 +1,9 @@
 """Named implementations. Asking for one by name fails loudly where it does not exist; nothing falls back."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+from typing import Any
 
 from jaxtyping import Array
 
@@ -9,9 +11,10 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.kernels import attention_xla, integer_dot_xla
-from elastic_jax.model import Attention, Dot
+from elastic_jax.model import Attention, Decode, Dot
 from elastic_jax.quantization import IntegerDot
 from elastic_jax.quantization import dot as quantized_dot
+from elastic_jax.step import ComputeDtype
 
 
 def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
@@ -35,6 +38,17 @@ INTEGER_DOT: dict[str, IntegerDot] = {"xla": integer_dot_xla.integer_dot, "palla
 """Products of int8 by name, with the same two meanings."""
 
 
+def _cuda_decode() -> Decode:
+    from elastic_jax.kernels import decode_cuda
+
+    return Decode(decode_cuda.takes, decode_cuda.run_layers, decode_cuda.takes_head, decode_cuda.run_head)
+
+
+DECODE: dict[str, Callable[[], Decode | None]] = {"xla": lambda: None, "cuda": functools.cache(_cuda_decode)}
+"""Steps that only generate, by name: `xla` composes them of attention and dots; `cuda` has kernels for whole layers, for
+NVIDIA GPUs, and leaves the steps to `xla` that have more tokens than it takes."""
+
+
 def attention(name: str) -> Attention:
     """The implementation of attention of that name.
 
@@ -54,25 +68,49 @@ def dot(name: str) -> Dot:
     return functools.partial(quantized_dot, integer_dot=_named(INTEGER_DOT, name, "integer dot"))
 
 
-def default_names(config: ModelConfig, platform: str) -> tuple[str, str]:
-    """The attention and the integer dot used unless others are named: Pallas's on GPUs where the model's sizes allow.
+def decode(name: str) -> Decode | None:
+    """The implementation of steps that only generate of that name; None composes them.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _named(DECODE, name, "decode")()
+
+
+def prepare_to_load(decode: str) -> None:
+    """Makes known to XLA what executables call by name; needed before they are loaded.
+
+    Raises:
+        ConfigError: a library cannot be loaded here.
+    """
+    if decode == "cuda":
+        from elastic_jax.kernels import decode_cuda
+
+        decode_cuda.register()
+
+
+def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tuple[str, str, str]:
+    """The attention, integer dot and decode used unless others are named: on GPUs, the kernels that the model's sizes
+    and type allow.
 
     Args:
         config: the model.
         platform: `cpu` or `gpu`.
+        dtype: compute type.
     """
     if platform != "gpu":
-        return "xla", "xla"
-    from elastic_jax.kernels import attention_pallas, integer_dot_pallas
+        return "xla", "xla", "xla"
+    from elastic_jax.kernels import attention_pallas, decode_cuda, integer_dot_pallas
 
-    names = []
-    for module in (attention_pallas, integer_dot_pallas):
+    def allowed(module: Any, name: str) -> str:
         try:
             module.check_model(config)
-            names.append("pallas")
         except ConfigError:
-            names.append("xla")
-    return names[0], names[1]
+            return "xla"
+        return name
+
+    decode = allowed(decode_cuda, "cuda") if dtype == "bfloat16" else "xla"
+    return allowed(attention_pallas, "pallas"), allowed(integer_dot_pallas, "pallas"), decode
 
 
 def _named[T](implementations: Mapping[str, T], name: str, what: str) -> T:

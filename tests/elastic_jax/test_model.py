@@ -124,7 +124,12 @@ def whole(request, checkpoint_of):
     @jax.jit
     def logits(weights, token, batch: TokenBatch):
         model = Mistral(
-            config, weights, attention=kernels.attention("xla"), dot=kernels.dot("xla"), dtype=jnp.dtype("float32")
+            config,
+            weights,
+            attention=kernels.attention("xla"),
+            dot=kernels.dot("xla"),
+            decode=None,
+            dtype=jnp.dtype("float32"),
         )
         cache = jnp.zeros((STEP.kv_slots, 2, config.num_kv_heads, config.head_dim))
         x, kv = model(token, (cache,) * config.num_layers, batch)

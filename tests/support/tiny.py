@@ -55,6 +55,7 @@ def tiny_step_config(**changes: Any) -> StepConfig:
         "buckets": (Bucket(1, 0), Bucket(4, 0), Bucket(0, 16), Bucket(0, 64), Bucket(4, 16)),
         "attention": "xla",
         "integer_dot": "xla",
+        "decode": "xla",
     }
     return StepConfig(**(sizes | changes))
 

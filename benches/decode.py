@@ -1,0 +1,246 @@
+"""The fused decode step: checked against the composed one, then timed with several tiles, on an NVIDIA GPU.
+
+Method. Mistral-Small-3.1-24B's shape with random weights. The check runs the same step with --check-layers layers both
+ways and compares logits and the written keys and values (norm of the difference over the norm). The times run all layers:
+the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the clock stops when the
+last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a step; `limit_tb_s` is the
+sum of a 4 GB array, read in this run. --tune tries tiles for one product after the other and prints the best.
+
+    python benches/decode.py --modes S XL --tokens 1 8 16 --out benches/results/<device>/decode.json
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from environment import report
+from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
+
+from elastic_jax.executables import default_step_config
+from elastic_jax.kernels import decode_cuda
+from elastic_jax.plan import provisional_plans
+from elastic_jax.step import Bucket, StepConfig
+from elastic_jax.units import build_model, make_units, step_name
+from elastic_jax.weights import flatten, weight_bytes
+
+PAGE = 64
+
+
+def step_config(config: Any, tokens: int, context: int, decode: str) -> StepConfig:
+    slots = -(-(context + 256) // PAGE) * PAGE * tokens
+    step = default_step_config(config, "gpu", "bfloat16", kv_slots=slots, max_context=slots // tokens)
+    return dataclasses.replace(
+        step, rows=tokens, buckets=(Bucket(tokens, 0), Bucket(0, 64)), decode=decode, max_context=slots // tokens
+    )
+
+
+class Step:
+    """One compiled greedy step with everything it takes."""
+
+    def __init__(self, config: Any, mode: str, tokens: int, context: int, decode: str, weights: Any) -> None:
+        plan = provisional_plans(config)[mode]
+        self.step = step_config(config, tokens, context, decode)
+        units = {unit.name: unit for unit in make_units(config, plan, self.step)}
+        unit = units[step_name(Bucket(tokens, 0), "greedy")]
+        leaves, _, _ = flatten(build_model(config, weights, self.step))
+        self.weights = leaves
+        self.tokens = tokens
+        self.outputs = len(unit.donate)
+        start = time.perf_counter()
+        self.call = jax.jit(unit.function, donate_argnums=unit.donate).lower(*unit.arguments).compile()
+        self.compile_seconds = time.perf_counter() - start
+        pages = self.step.pages
+        row = np.arange(tokens, dtype=np.int32)
+        table = (row[:, None] * pages + np.arange(pages, dtype=np.int32)[None, :]).astype(np.int32)
+        slot = (table[:, context // PAGE] * PAGE + context % PAGE).astype(np.int32)
+        none = np.zeros(0, np.int32)
+        inputs = (none, none, row, slot, table, np.full(tokens, context + 1, np.int32), row, np.int32(0))
+        self.inputs = [jax.device_put(x) for x in inputs]
+        self.slot = slot
+        self.shapes = [unit.arguments[i] for i in unit.donate]
+        self.context = context
+
+    def state(self, seed: int) -> list[Any]:
+        """Caches of random numbers, and rows that stand at the context's end."""
+        keys = iter(jax.random.split(jax.random.key(seed), len(self.shapes)))
+        draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+        state = []
+        for shape in self.shapes:
+            key = next(keys)
+            state.append(draw(key, shape.shape) if len(shape.shape) == 4 else jnp.zeros(shape.shape, shape.dtype))
+        rows = [i for i, shape in enumerate(self.shapes) if len(shape.shape) == 1]
+        state[rows[0]] = jnp.arange(5, 5 + self.tokens, dtype=jnp.int32)
+        state[rows[1]] = jnp.full(self.tokens, self.context, jnp.int32)
+        return state
+
+    def run(self, state: list[Any]) -> tuple[list[Any], Any]:
+        found = self.call(*self.weights, *state, *self.inputs)
+        return list(found[: self.outputs]), found[self.outputs :]
+
+    def seconds(self, steps: int, repeats: int) -> list[float]:
+        state = self.state(1)
+        for _ in range(5):
+            state, out = self.run(state)
+        jax.block_until_ready(out)
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for _ in range(steps):
+                state, out = self.run(state)
+            jax.block_until_ready(out)
+            times.append((time.perf_counter() - start) / steps)
+        return times
+
+
+def relative(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def check(mode: str, tokens: int, layers: int, context: int) -> dict[str, Any]:
+    config = dataclasses.replace(MISTRAL_SMALL, num_layers=layers)
+    weights = draw(config, mode)
+    results = {}
+    for decode in ("cuda", "xla"):
+        step = Step(config, mode, tokens, context, decode, weights)
+        state, out = step.run(step.state(0))
+        logits = max(out, key=lambda a: a.size)
+        caches = [np.asarray(kv[step.slot], np.float32) for kv in state if kv.ndim == 4]
+        results[decode] = np.asarray(logits), caches
+    logits, caches = results["cuda"]
+    expected, expected_caches = results["xla"]
+    return {
+        "mode": mode,
+        "tokens": tokens,
+        "context": context,
+        "layers": layers,
+        "logits": relative(logits, expected),
+        "kv": max(relative(a, b) for a, b in zip(caches, expected_caches, strict=True)),
+        "argmax_equal": bool((logits.argmax(1) == expected.argmax(1)).all()),
+    }
+
+
+def draw(config: Any, mode: str) -> Any:
+    plan = provisional_plans(config)[mode]
+    device = jax.devices()[0]
+    units = draw_units(config, plan, "bfloat16")
+    return random_weights(config, plan, "bfloat16", jitted(units, device), seed=0)
+
+
+def reading_limit() -> float:
+    x = jax.random.bits(jax.random.key(0), (2**30,), jnp.uint32)
+    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.uint32))
+    total(x).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return x.nbytes / min(times) / 1e12
+
+
+def measure(config: Any, mode: str, weights: Any, tokens: int, context: int, decode: str, steps: int) -> dict[str, Any]:
+    step = Step(config, mode, tokens, context, decode, weights)
+    times = step.seconds(steps, 3)
+    read = weight_bytes({name: leaf for name, leaf in weights.items() if name != "embedding"})
+    live = tokens * (context + 1) * 4 * config.num_layers * config.kv_size
+    seconds = float(np.median(times))
+    return {
+        "mode": mode,
+        "decode": decode,
+        "batch": tokens,
+        "context": context,
+        "step_ms": seconds * 1e3,
+        "tok_s_per_seq": 1 / seconds,
+        "read_tb_s": (read + live) / seconds / 1e12,
+        "spread": (max(times) - min(times)) / seconds,
+        "compile_seconds": step.compile_seconds,
+    }
+
+
+def tune(config: Any, mode: str, weights: Any, tokens: int, context: int, steps: int) -> list[dict[str, Any]]:
+    """Tiles of each product, tried one product after the other with the best of those before."""
+    choose = decode_cuda._choose
+    best: dict[tuple[int, int], decode_cuda.ProductTiles] = {}
+
+    def patched(capability: int, weight: Any, rows: int, *, paired: bool, whole: bool) -> Any:
+        found = best.get(tuple(weight.shape))
+        return found or choose(capability, weight, rows, paired=paired, whole=whole)
+
+    decode_cuda._choose = patched
+    rows = []
+    shapes = {"gate_up": (True, True), "down": (False, False), "qkv": (False, False), "o": (False, False)}
+    for name, (paired, whole) in shapes.items():
+        weight = weights[f"layers.0.{name}"]
+        tried = []
+        fitting = list(decode_cuda._fitting(90, weight, tokens, paired=paired, whole=whole))
+        for tiles in [t for t in fitting if t.parts <= max(2, fitting[0].parts * 2)][:10]:
+            best[tuple(weight.shape)] = tiles
+            jax.clear_caches()
+            seconds = float(np.median(Step(config, mode, tokens, context, "cuda", weights).seconds(steps, 3)))
+            tried.append((seconds, tiles))
+        tried.sort()
+        best[tuple(weight.shape)] = tried[0][1]
+        for seconds, tiles in tried:
+            print(f"  {mode} {tokens} {name} {tuple(tiles)} {seconds * 1e3:.3f} ms", flush=True)
+        rows.append(
+            {
+                "capability": 90,
+                "precision": "bf16" if mode == "XL" else "int8",
+                "out": weight.shape[0],
+                "contraction": weight.shape[1],
+                "tokens": tokens,
+                "tiles": tried[0][1]._asdict(),
+            }
+        )
+    decode_cuda._choose = choose
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=["S", "XL"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[256, 4096])
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--check-layers", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--tune", nargs="*", type=int, default=[], help="tokens to tune for, at the first context")
+    parser.add_argument("--composed", action="store_true", help="time the composed step too")
+    parser.add_argument("--tiles", type=Path, help="write tuned tiles here")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    limit = reading_limit()
+    print(f"reading limit {limit:.2f} TB/s", flush=True)
+    checks = []
+    for mode in arguments.modes:
+        for tokens in arguments.tokens:
+            for context in (77, 1000):
+                checks.append(check(mode, tokens, arguments.check_layers, context))
+                print(json.dumps(checks[-1]), flush=True)
+    rows, tuned = [], []
+    config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
+    for mode in arguments.modes:
+        weights = draw(config, mode)
+        for tokens in arguments.tune:
+            tuned += tune(config, mode, weights, tokens, arguments.contexts[0], arguments.steps)
+        for tokens in arguments.tokens:
+            for context in arguments.contexts:
+                for decode in ("cuda", "xla") if arguments.composed else ("cuda",):
+                    rows.append(measure(config, mode, weights, tokens, context, decode, arguments.steps))
+                    rows[-1]["fraction_of_limit"] = rows[-1]["read_tb_s"] / limit
+                    print(json.dumps(rows[-1]), flush=True)
+        del weights
+    if arguments.tiles and tuned:
+        arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
+    report(rows, {"bench": "decode", "limit_tb_s": limit, "checks": checks, "tuned": tuned}, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

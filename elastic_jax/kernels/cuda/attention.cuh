@@ -1,0 +1,270 @@
+// Attention of generated tokens over the paged cache, with what surrounds it: joining the parts of the qkv product,
+// rotary embedding, and writing this step's keys and values.
+//
+// A token's context is cut into at most `splits` pieces of whole pages, one block each per key-value head: a block
+// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. A
+// second kernel joins the pieces (flash-decoding).
+
+#pragma once
+
+#include "products.cuh"
+
+namespace elastic {
+
+constexpr int kAttentionWarps = 8;
+constexpr int kAttentionThreads = 32 * kAttentionWarps;
+constexpr int kMostSplits = 32;
+
+struct AttentionArguments {
+  const float* qkv;  // [parts][tokens][(heads + 2 * kv_heads) * dim]
+  int parts;
+  const float* frequency;  // [dim / 2], of the rotary embedding
+  const int* position;     // [tokens]
+  const int* slot;         // [tokens]; `slots` for none
+  const int* row;          // [tokens]; `rows` for padding
+  const int* block_table;  // [rows][pages]
+  const int* context_length;  // [rows], with this step's token
+  __nv_bfloat16* kv;          // [slots][2][kv_heads][dim]
+  int tokens, rows, pages, page_size, slots, kv_heads, splits;
+  float* partial;  // [tokens][splits][heads][dim], sums of exp2(score - largest) * value
+  float* state;    // [tokens][splits][heads][2], largest score and the sum of exp2
+  float* out;      // [tokens][heads][dim]
+  float* maxima;   // [kv_heads][tokens], largest magnitude of `out`
+};
+
+__device__ __forceinline__ int context_of(const AttentionArguments& a, int token) {
+  const int row = a.row[token];
+  return row < a.rows ? a.context_length[row] : 0;
+}
+
+// Tokens of a piece: whole pages, so that a block reads one page after the other.
+__device__ __forceinline__ int piece_length(const AttentionArguments& a, int context) {
+  const int pages = (context + a.page_size - 1) / a.page_size;
+  return max(1, (pages + a.splits - 1) / a.splits) * a.page_size;
+}
+
+__device__ __forceinline__ void unpack8(const uint4& v, float (&x)[8]) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(words[i] << 16);
+    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
+template <int kDim, int kGroup>
+__global__ void __launch_bounds__(kAttentionThreads, 1) attention(const AttentionArguments a) {
+  constexpr int kLanes = kDim / 8;            // of one key
+  constexpr int kAtOnce = 32 / kLanes;        // keys of a warp
+  constexpr int kBlock = 64 / kAttentionWarps;  // keys of a warp in 64 of context
+  constexpr int kTurns = kBlock / kAtOnce;
+  static_assert(kTurns >= 1);
+  __shared__ __align__(16) float query[kGroup][kDim];
+  __shared__ __align__(16) float merged[kAttentionWarps][kGroup][kDim];
+  __shared__ float states[kAttentionWarps][kGroup][2];
+  const int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int heads = a.kv_heads * kGroup;
+  release_successor();
+  wait_for_predecessor();
+
+  const int context = context_of(a, token);
+  const int piece = piece_length(a, context);
+  const int begin = split * piece, end = min(context, begin + piece);
+  if (begin >= end) return;
+
+  const int width = (heads + 2 * a.kv_heads) * kDim;
+  auto qkv = [&](int at) {
+    float sum = 0;
+    for (int part = 0; part < a.parts; ++part) sum += a.qkv[(static_cast<int64_t>(part) * a.tokens + token) * width + at];
+    return sum;
+  };
+  const bool newest = end == context;
+  const int slot = a.slot[token];
+  __nv_bfloat16* const cache = a.kv + (static_cast<int64_t>(slot) * 2 * a.kv_heads + head) * kDim;
+  const bool writes = newest && slot < a.slots;
+  for (int i = threadIdx.x; i < (kGroup + 2) * kDim / 2; i += kAttentionThreads) {
+    const int which = i / (kDim / 2), d = i % (kDim / 2);
+    if (which > kGroup) {
+      if (!writes) continue;
+      const int at = (heads + a.kv_heads + head) * kDim + d;
+      cache[a.kv_heads * kDim + d] = __float2bfloat16_rn(qkv(at));
+      cache[a.kv_heads * kDim + d + kDim / 2] = __float2bfloat16_rn(qkv(at + kDim / 2));
+      continue;
+    }
+    if (which == kGroup && !writes) continue;
+    const int at = (which == kGroup ? heads + head : head * kGroup + which) * kDim + d;
+    const float first = qkv(at), second = qkv(at + kDim / 2);
+    float sine, cosine;
+    sincosf(static_cast<float>(a.position[token]) * a.frequency[d], &sine, &cosine);
+    const __nv_bfloat16 low = __float2bfloat16_rn(first * cosine - second * sine);
+    const __nv_bfloat16 high = __float2bfloat16_rn(second * cosine + first * sine);
+    if (which == kGroup) {
+      cache[d] = low;
+      cache[d + kDim / 2] = high;
+    } else {
+      query[which][d] = __bfloat162float(low);
+      query[which][d + kDim / 2] = __bfloat162float(high);
+    }
+  }
+  __syncthreads();
+
+  const int part = lane % kLanes, mine = lane / kLanes;
+  float q[kGroup][8], out[kGroup][8], largest[kGroup], total[kGroup];
+  const float factor = rsqrtf(static_cast<float>(kDim)) * 1.44269504088896f;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    largest[g] = -1e30f;
+    total[g] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      q[g][i] = query[g][part * 8 + i] * factor;
+      out[g][i] = 0;
+    }
+  }
+
+  const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
+  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
+  for (int block = begin; block < end; block += 64) {
+    const int first = block + warp * kBlock;
+    if (first >= end) break;
+    const int page = table[first / a.page_size];
+    const __nv_bfloat16* const from =
+        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
+    uint4 keys[kTurns], values[kTurns];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      const bool live = first + t * kAtOnce + mine < end;
+      keys[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride) : make_uint4(0, 0, 0, 0);
+      values[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim)
+                       : make_uint4(0, 0, 0, 0);
+    }
+    float scores[kTurns][kGroup];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      float key[8];
+      unpack8(keys[t], key);
+      const bool live = first + t * kAtOnce + mine < end;
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        float score = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) score += q[g][i] * key[i];
+#pragma unroll
+        for (int d = kLanes / 2; d; d /= 2) score += __shfl_xor_sync(~0u, score, d);
+        scores[t][g] = live ? score : -1e30f;
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      float most = largest[g];
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) most = fmaxf(most, scores[t][g]);
+      const float shrink = exp2f(largest[g] - most);
+      largest[g] = most;
+      total[g] *= shrink;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[g][i] *= shrink;
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) {
+        scores[t][g] = scores[t][g] > -1e29f ? exp2f(scores[t][g] - most) : 0.0f;
+        total[g] += scores[t][g];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      float value[8];
+      unpack8(values[t], value);
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[g][i] += scores[t][g] * value[i];
+    }
+  }
+
+  // The keys of a warp, then the warps.
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int d = kLanes; d < 32; d *= 2) {
+      const float other = __shfl_xor_sync(~0u, largest[g], d);
+      const float most = fmaxf(largest[g], other);
+      const float mine_by = exp2f(largest[g] - most), other_by = exp2f(other - most);
+      total[g] = total[g] * mine_by + __shfl_xor_sync(~0u, total[g], d) * other_by;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[g][i] = out[g][i] * mine_by + __shfl_xor_sync(~0u, out[g][i], d) * other_by;
+      largest[g] = most;
+    }
+    if (mine == 0) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) merged[warp][g][part * 8 + i] = out[g][i];
+      if (part == 0) {
+        states[warp][g][0] = largest[g];
+        states[warp][g][1] = total[g];
+      }
+    }
+  }
+  __syncthreads();
+  const int64_t place = (static_cast<int64_t>(token) * a.splits + split) * heads + head * kGroup;
+  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
+    const int g = i / kDim, d = i % kDim;
+    float most = -1e30f;
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) most = fmaxf(most, states[w][g][0]);
+    float sum = 0, all = 0;
+#pragma unroll
+    for (int w = 0; w < kAttentionWarps; ++w) {
+      const float by = exp2f(states[w][g][0] - most);
+      sum += merged[w][g][d] * by;
+      all += states[w][g][1] * by;
+    }
+    a.partial[(place + g) * kDim + d] = sum;
+    if (d == 0) {
+      a.state[(place + g) * 2] = most;
+      a.state[(place + g) * 2 + 1] = all;
+    }
+  }
+}
+
+template <int kDim, int kGroup>
+__global__ void __launch_bounds__(kAttentionThreads) join_pieces(const AttentionArguments a) {
+  __shared__ float by[kGroup][kMostSplits];
+  __shared__ uint32_t largest;
+  const int token = blockIdx.x, head = blockIdx.y;
+  const int heads = a.kv_heads * kGroup;
+  release_successor();
+  if (threadIdx.x == 0) largest = 0;
+  wait_for_predecessor();
+  const int context = context_of(a, token);
+  const int piece = piece_length(a, context);
+  const int pieces = (context + piece - 1) / piece;
+  const int64_t place = static_cast<int64_t>(token) * a.splits * heads + head * kGroup;
+  if (threadIdx.x < kGroup) {
+    const int g = threadIdx.x;
+    float most = -1e30f, all = 0;
+    for (int s = 0; s < pieces; ++s) most = fmaxf(most, a.state[(place + static_cast<int64_t>(s) * heads + g) * 2]);
+    for (int s = 0; s < pieces; ++s) {
+      const float* const state = a.state + (place + static_cast<int64_t>(s) * heads + g) * 2;
+      by[g][s] = exp2f(state[0] - most);
+      all += by[g][s] * state[1];
+    }
+    for (int s = 0; s < pieces; ++s) by[g][s] /= all;
+  }
+  __syncthreads();
+  float most = 0;
+  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
+    const int g = i / kDim, d = i % kDim;
+    float sum = 0;
+#pragma unroll 4
+    for (int s = 0; s < pieces; ++s) sum += by[g][s] * a.partial[(place + static_cast<int64_t>(s) * heads + g) * kDim + d];
+    a.out[(static_cast<int64_t>(token) * heads + head * kGroup + g) * kDim + d] = sum;
+    most = fmaxf(most, fabsf(sum));
+  }
+#pragma unroll
+  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  if (threadIdx.x % 32 == 0) atomicMax(&largest, __float_as_uint(most));
+  __syncthreads();
+  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+}
+
+}  // namespace elastic

@@ -1,0 +1,332 @@
+"""Decoder layers and language-model head for a few generated tokens, in CUDA C++ (`cuda/`), for NVIDIA GPUs.
+
+Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits for
+the one before, and the memory idles meanwhile. A layer is therefore one call of eight kernels that overlap: each product
+fetches its first weights while its predecessor still runs (programmatic dependent launch), which neither XLA nor Pallas
+can express. The mathematics is that of `model.Block` with `quantization.dot`; only the order of float additions differs.
+
+A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
+"""
+
+import ctypes
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, BFloat16, Float32
+
+from elastic_jax.batch import TokenBatch
+from elastic_jax.config import ModelConfig
+from elastic_jax.errors import ConfigError
+from elastic_jax.groups import model_groups
+from elastic_jax.kernels.pallas_device import compute_capability
+from elastic_jax.model import Block, RMSNorm
+from elastic_jax.quantization import QArray
+
+_NAME = "the decode called 'cuda'"
+_INSTEAD = "use the one called 'xla' instead"
+
+MOST_TOKENS = 16
+"""Generated tokens of a step at most: beyond, activations no longer fit beside the weights in flight."""
+
+_LIBRARY = "libelastic_decode.so"
+_TARGETS = {"elastic_decode_layer": "ElasticDecodeLayer", "elastic_decode_head": "ElasticDecodeHead"}
+_HEADS = {(64, 1), (64, 3), (64, 4), (128, 1), (128, 4)}
+"""(head's size, query heads a key-value head) that the attention is built for."""
+
+_WARPS, _CHUNK, _TILE_ROWS = 16, 64, 8
+_SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+"""Bytes that a block may have, by compute capability (CUDA programming guide, technical specifications)."""
+
+_MULTIPROCESSORS = 256
+"""No fewer than any supported GPU has; sizes a small buffer."""
+
+_ALIGNMENT = 256
+
+
+class ProductTiles(NamedTuple):
+    """Sizes of one product; the kernels are built for those of `_BUILT`.
+
+    Attributes:
+        row_tiles: times 8 outputs that a block computes at once.
+        depth: chunks of weights in flight a warp.
+        parts: blocks that share one contraction.
+    """
+
+    row_tiles: int
+    depth: int
+    parts: int
+
+
+_BUILT = {(1, 4), (1, 6), (1, 8), (1, 12), (2, 3), (2, 4), (2, 6), (4, 3)}
+"""(row_tiles, depth); with SwiGLU, `row_tiles` must be even."""
+
+_PAIRED = frozenset(size for size in _BUILT if size[0] % 2 == 0)
+
+
+@functools.cache
+def register() -> None:
+    """Makes the kernels known to XLA; needed before a program with them is compiled or loaded. Needs no GPU.
+
+    Raises:
+        ConfigError: the library cannot be loaded on this machine.
+    """
+    path = Path(str(resources.files(__package__))) / "cuda" / _LIBRARY
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"{_NAME} needs the library {path}, which cannot be loaded: {error}; it is made for Linux on x86-64 "
+            f"(cuda/build.sh beside it builds another); {_INSTEAD}"
+        ) from error
+    for target, symbol in _TARGETS.items():
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuses models that the kernels are not made for.
+
+    Raises:
+        ConfigError: it is so.
+    """
+    shape = config.head_dim, config.num_heads // config.num_kv_heads
+    if shape not in _HEADS or config.num_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"{_NAME} takes heads of (size, query heads a key-value head) {sorted(_HEADS)}, found {shape}; {_INSTEAD}"
+        )
+    for name, group in model_groups(config).items():
+        if group.in_size % (2 * _CHUNK) or group.out_size % (2 * _TILE_ROWS):
+            raise ConfigError(
+                f"{_NAME} takes weights whose inputs divide by {2 * _CHUNK} and whose outputs divide by "
+                f"{2 * _TILE_ROWS}; found [{group.out_size}, {group.in_size}] for {name}; {_INSTEAD}"
+            )
+
+
+def takes(layers: Sequence[Block], tokens: int) -> bool:
+    """Whether a step of so many generated tokens runs here; the others are composed of dots and attention.
+
+    It follows from shapes alone, so that `info` can tell.
+
+    Raises:
+        ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
+    """
+    if not 1 <= tokens <= MOST_TOKENS:
+        return False
+    capability = compute_capability(_NAME, _INSTEAD)
+    try:
+        for layer in layers:
+            _layer_tiles(capability, layer, tokens)
+    except ConfigError:
+        return False
+    return True
+
+
+def run_layers(
+    layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Array, ...], batch: TokenBatch
+) -> tuple[BFloat16[Array, "tokens hidden"], tuple[Array, ...]]:
+    """All layers over generated tokens.
+
+    Args:
+        layers: the model's.
+        x: the residual stream after the embedding.
+        kv: every layer's cache, bf16 [slots, 2, kv_heads, dim].
+        batch: the tokens; all of them generated.
+
+    Returns:
+        the residual stream after the last layer, and every layer's cache with the tokens in it.
+
+    Raises:
+        ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
+    """
+    register()
+    capability = compute_capability(_NAME, _INSTEAD)
+    tokens, hidden = x.shape
+    config = layers[0].attention.config
+    dim = config.head_dim
+    frequency = jnp.asarray(np.float32(config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)))
+    added = jnp.zeros((0, tokens, hidden), jnp.float32)
+    written = []
+    for i, (layer, cache) in enumerate(zip(layers, kv, strict=True)):
+        tiles = _layer_tiles(capability, layer, tokens)
+        splits = _splits(tokens, config.num_kv_heads)
+        with jax.named_scope(f"layer_{i}"):
+            x, added, cache, _ = jax.ffi.ffi_call(
+                "elastic_decode_layer",
+                (
+                    jax.ShapeDtypeStruct(x.shape, x.dtype),
+                    jax.ShapeDtypeStruct((tiles[-1].parts, tokens, hidden), jnp.float32),
+                    jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+                    jax.ShapeDtypeStruct((_scratch_bytes(config, tokens, splits, tiles),), jnp.uint8),
+                ),
+                input_output_aliases={10: 2},
+            )(
+                x,
+                added,
+                layer.attention_norm.weight.get_value(),
+                layer.mlp_norm.weight.get_value(),
+                frequency,
+                batch.position,
+                batch.slot,
+                batch.row,
+                batch.block_table,
+                batch.context_length,
+                cache,
+                *(leaf for weight in _weights(layer) for leaf in _leaves(weight)),
+                eps=np.float32(layer.mlp_norm.eps),
+                page_size=np.int32(batch.page_size),
+                splits=np.int32(splits),
+                tiles=np.array(tiles, np.int32).ravel(),
+            )
+        written.append(cache)
+    # As the norms inside do: the product becomes bf16, then the sum does.
+    return x + jnp.sum(added, axis=0).astype(x.dtype), tuple(written)
+
+
+def run_head(norm: RMSNorm, weight: Any, x: BFloat16[Array, "rows hidden"]) -> Float32[Array, "rows vocab"]:
+    """Logits of some rows of the residual stream.
+
+    Raises:
+        ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
+    """
+    register()
+    capability = compute_capability(_NAME, _INSTEAD)
+    rows, hidden = x.shape
+    tiles = _choose(capability, weight, rows, paired=False, whole=True)
+    scratch = sum(map(_aligned, (2 * rows * hidden, 2 * rows * hidden, 4 * rows)))
+    logits, _ = jax.ffi.ffi_call(
+        "elastic_decode_head",
+        (
+            jax.ShapeDtypeStruct((rows, weight.shape[0]), jnp.float32),
+            jax.ShapeDtypeStruct((scratch,), jnp.uint8),
+        ),
+    )(x, norm.weight.get_value(), *_leaves(weight), eps=np.float32(norm.eps), tiles=np.array(tiles, np.int32))
+    return logits
+
+
+def takes_head(weight: Any, rows: int) -> bool:
+    """Whether `run_head` takes so many rows.
+
+    Raises:
+        ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
+    """
+    if not 1 <= rows <= MOST_TOKENS:
+        return False
+    try:
+        _choose(compute_capability(_NAME, _INSTEAD), weight, rows, paired=False, whole=True)
+    except ConfigError:
+        return False
+    return True
+
+
+def _weights(layer: Block) -> tuple[Any, Any, Any, Any]:
+    linears = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
+    qkv, o, gate_up, down = (linear.weight.get_value() for linear in linears)
+    return qkv, o, gate_up, down
+
+
+def _leaves(weight: Any) -> tuple[Array, Array]:
+    if isinstance(weight, QArray):
+        return weight.values, weight.scales
+    return weight, jnp.zeros((0,), jnp.float32)
+
+
+def _splits(tokens: int, kv_heads: int) -> int:
+    """Pieces of a context at most: enough blocks for a large device, and no more than joining is cheap for."""
+    return max(1, min(16, 512 // (tokens * kv_heads)))
+
+
+def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTiles, ...]:
+    qkv, o, gate_up, down = _weights(layer)
+    return (
+        _choose(capability, qkv, tokens, paired=False, whole=False),
+        _choose(capability, o, tokens, paired=False, whole=False),
+        _choose(capability, gate_up, tokens, paired=True, whole=True),
+        _choose(capability, down, tokens, paired=False, whole=False),
+    )
+
+
+def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> ProductTiles:
+    """Sizes of a product: measured ones (`decode_tiles.json`) where there are some.
+
+    Args:
+        capability: the GPU's compute capability, ten times its number.
+        weight: `QArray` or bf16 [out, in].
+        tokens: generated tokens.
+        paired: whether SwiGLU follows.
+        whole: whether the contraction must not be split.
+
+    Raises:
+        ConfigError: nothing fits into the GPU's shared memory.
+    """
+    precision = "int8" if isinstance(weight, QArray) else "bf16"
+    measured = _measured_tiles().get((capability, precision, *weight.shape), {})
+    bound = min((bound for bound in measured if bound >= tokens), default=None)
+    fitting = _fitting(capability, weight, tokens, paired=paired, whole=whole)
+    if bound is not None and measured[bound] in (fitting := list(fitting)):
+        return measured[bound]
+    found = next(iter(fitting), None)
+    if found is None:
+        raise ConfigError(f"{_NAME}: no tiles of [{weight.shape}] fit {tokens} tokens; {_INSTEAD}")
+    return found
+
+
+def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
+    """Every size that fits, the one that usually is fastest first."""
+    known = max((known for known in _SHARED_MEMORY if known <= capability), default=None)
+    shared = 0 if known is None else _SHARED_MEMORY[known]
+    out, contraction = weight.shape
+    quantized = isinstance(weight, QArray)
+    chunks = contraction * (1 if quantized else 2) // _CHUNK
+    planes = 2 if quantized else 1
+    octets = planes * -(-tokens // 8) * min(tokens, 8)
+    sizes = ((2, 4), (2, 3), (2, 6), (4, 3)) if paired else ((1, 8), (1, 6), (2, 4), (1, 4), (2, 3), (1, 12), (2, 6), (4, 3))
+    for parts in (1, 2, 4, 8, 16):
+        if chunks % parts or (whole and parts > 1):
+            continue
+        for row_tiles, depth in sizes:
+            if out % (_TILE_ROWS * row_tiles):
+                continue
+            ring = _WARPS * depth * row_tiles * _TILE_ROWS * _CHUNK
+            sums = _WARPS * row_tiles * _TILE_ROWS * tokens * 4
+            if ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared:
+                yield ProductTiles(row_tiles, depth, parts)
+
+
+@functools.cache
+def _measured_tiles() -> dict[tuple[int, str, int, int], dict[int, ProductTiles]]:
+    """(compute capability, precision, outputs, contraction) -> most tokens that tiles were chosen for -> tiles."""
+    table: dict[tuple[int, str, int, int], dict[int, ProductTiles]] = {}
+    for entry in json.loads(resources.files(__package__).joinpath("decode_tiles.json").read_text()):
+        key = entry["capability"], entry["precision"], entry["out"], entry["contraction"]
+        table.setdefault(key, {})[entry["tokens"]] = ProductTiles(**entry["tiles"])
+    return table
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
+    """What `decode_layer` (cuda/decode.cu) takes of its scratch memory, in its order."""
+    qkv, o, _, _ = tiles
+    heads = config.num_heads * config.head_dim
+    sizes = (
+        2 * tokens * config.hidden_size,  # residual stream before the MLP, bf16
+        2 * tokens * config.hidden_size,  # packed activations
+        4 * tokens,  # their scales
+        4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size),
+        4 * tokens * splits * heads,  # pieces of attention
+        8 * tokens * splits * config.num_heads,
+        4 * tokens * heads,  # attention
+        4 * config.num_kv_heads * tokens,
+        4 * o.parts * tokens * config.hidden_size,
+        4 * tokens * config.intermediate_size,
+        4 * _MULTIPROCESSORS * tokens,
+    )
+    return sum(map(_aligned, sizes))
