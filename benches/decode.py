@@ -60,7 +60,7 @@ class Step:
         table = (row[:, None] * pages + np.arange(pages, dtype=np.int32)[None, :]).astype(np.int32)
         slot = (table[:, context // PAGE] * PAGE + context % PAGE).astype(np.int32)
         none = np.zeros(0, np.int32)
-        inputs = (none, none, row, slot, table, np.full(tokens, context + 1, np.int32), row, np.int32(0))
+        inputs = (none, none, row, slot, table, np.full(tokens, context + 1, np.int32), row)
         self.inputs = [jax.device_put(x) for x in inputs]
         self.slot = slot
         self.shapes = [unit.arguments[i] for i in unit.donate]

@@ -13,7 +13,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.requests import SamplingParams
 from elastic_jax.sampling import SamplingInputs
 from elastic_jax.step import Bucket, ScoreOutputs, StepConfig, StepInputs, StepOutputs
-from elastic_jax.units import build_model, step_name
+from elastic_jax.units import build_model, step_name, top_name
 from elastic_jax.weights import Weights, flatten
 
 type Call = Callable[..., tuple[jax.Array, ...]]
@@ -128,10 +128,14 @@ class Runner:
         unit = self._units[step_name(bucket, "sampling" if sampling else "greedy")]
         sampled = jax.tree.leaves(self.sampling.on_device()) if sampling else []
         leaves = self._leaves(inputs)
-        out = unit(*self._weights, *self._kv, *self._rows, *leaves, *sampled, np.int32(top))
+        out = unit(*self._weights, *self._kv, *self._rows, *leaves, *sampled)
         split = self._layers + len(self._rows)
         self._kv, self._rows = out[: self._layers], out[self._layers : split]
-        return StepOutputs(*out[split:])
+        found = StepOutputs(*out[split:])
+        if not top:
+            return found
+        tokens, values = self._units[top_name(found.logits.shape[0])](found.logits)
+        return dataclasses.replace(found, top_token=tokens, top_log_probability=values)
 
     def score(self, bucket: Bucket, inputs: StepInputs, target: Int32[np.ndarray, " p"], *, top: bool) -> ScoreOutputs:
         """Dispatches one score step; `target` holds the token wanted after each prompt token, or -1."""

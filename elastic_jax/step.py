@@ -171,18 +171,18 @@ class StepOutputs:
         token: int32 [outputs], the next token.
         log_probability: float32 [outputs], its log-probability by the model itself: before penalties, bias, mask and
             temperature.
-        top_token: int32 [outputs, top_n], the most likely tokens, if any row asked for them.
-        top_log_probability: float32 [outputs, top_n].
         finite: bool [outputs], whether every logit is finite.
         logits: float32 [outputs, vocab], by the model itself.
+        top_token: int32 [outputs, top_n], the most likely tokens; None unless a row asked for them (`top`).
+        top_log_probability: float32 [outputs, top_n], or None.
     """
 
     token: Any
     log_probability: Any
-    top_token: Any
-    top_log_probability: Any
     finite: Any
     logits: Any
+    top_token: Any = None
+    top_log_probability: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -221,11 +221,16 @@ def _run_model(
     return x, kv, batch
 
 
-def _report_top(logits: Float32[Array, "n vocab"], wanted: Array, top_n: int) -> tuple[Array, Array]:
-    """The most likely tokens, computed only where some row wants them."""
-    n = min(top_n, logits.shape[1])
-    none = (jnp.zeros((logits.shape[0], n), jnp.int32), jnp.zeros((logits.shape[0], n), jnp.float32))
-    return jax.lax.cond(wanted, lambda: sampler.top_tokens(logits, n), lambda: none)
+def top(
+    logits: Float32[Array, "outputs vocab"], top_n: int
+) -> tuple[Int32[Array, "outputs n"], Float32[Array, "outputs n"]]:
+    """The most likely tokens and their log-probabilities, most likely first.
+
+    A unit of its own, for steps in which a row asked: as a condition inside the step, a GPU's host would have to wait
+    for its value in every step.
+    """
+    tokens, values = sampler.top_tokens(logits, min(top_n, logits.shape[1]))
+    return tokens, values - jax.nn.logsumexp(logits, axis=1)[:, None]
 
 
 def step(
@@ -233,7 +238,6 @@ def step(
     state: StepState,
     inputs: StepInputs,
     sampling: SamplingInputs | None,
-    top_wanted: Int32[Array, ""],
     config: StepConfig,
 ) -> tuple[StepState, StepOutputs]:
     """Runs the model and chooses the next tokens.
@@ -244,7 +248,6 @@ def step(
         inputs: what the host says.
         sampling: how each row samples; None compiles the `greedy` variant, in which every row takes the most likely
             token and no row has penalties, bias or a grammar.
-        top_wanted: nonzero if some row wants its most likely tokens.
         config: sizes.
 
     Returns:
@@ -273,7 +276,6 @@ def step(
     with jax.named_scope("log_probability"):
         total = jax.nn.logsumexp(logits, axis=1)
         log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
-        top_token, top_logits = _report_top(logits, top_wanted > 0, config.top_n)
 
     rows = dataclasses.replace(
         rows,
@@ -282,7 +284,7 @@ def step(
         counts=counts,
     )
     finite = jnp.all(jnp.isfinite(logits), axis=1)
-    outputs = StepOutputs(token, log_probability, top_token, top_logits - total[:, None], finite, logits)
+    outputs = StepOutputs(token, log_probability, finite, logits)
     return StepState(kv, rows), outputs
 
 

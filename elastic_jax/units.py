@@ -31,6 +31,11 @@ def step_name(bucket: Bucket, variant: steps.Variant) -> str:
     return f"step.d{bucket.generated}.p{bucket.prompt}.{variant}"
 
 
+def top_name(outputs: int) -> str:
+    """Name of the unit that finds the most likely tokens of as many outputs."""
+    return f"top.r{outputs}"
+
+
 def build_model(config: ModelConfig, weights: dict[str, Any], step: StepConfig) -> Mistral:
     """The module over given weights: arrays, or shapes."""
     attention, dot = kernels.attention(step.attention), kernels.dot(step.integer_dot)
@@ -52,11 +57,14 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
     def model(weights: list[Any]) -> Mistral:
         return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
-    def greedy(weights: Any, state: Any, inputs: Any, top_wanted: Any) -> Any:
-        return steps.step(model(weights), state, inputs, None, top_wanted, step)
+    def greedy(weights: Any, state: Any, inputs: Any) -> Any:
+        return steps.step(model(weights), state, inputs, None, step)
 
-    def sampled(weights: Any, state: Any, inputs: Any, sampling: Any, top_wanted: Any) -> Any:
-        return steps.step(model(weights), state, inputs, sampling, top_wanted, step)
+    def sampled(weights: Any, state: Any, inputs: Any, sampling: Any) -> Any:
+        return steps.step(model(weights), state, inputs, sampling, step)
+
+    def top(logits: Any) -> Any:
+        return steps.top(logits, step.top_n)
 
     def score(weights: Any, kv: Any, inputs: Any, target: Any, top_wanted: Any) -> Any:
         return steps.score(model(weights), kv, inputs, target, top_wanted, step)
@@ -71,13 +79,16 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
     for bucket in step.buckets:
         inputs = steps.abstract_inputs(bucket, step)
         sizes = {"generated": bucket.generated, "prompt": bucket.prompt}
-        units.append(_unit(step_name(bucket, "greedy"), greedy, (leaves, state, inputs, SCALAR), 1, sizes))
-        arguments = (leaves, state, inputs, sampling, SCALAR)
+        units.append(_unit(step_name(bucket, "greedy"), greedy, (leaves, state, inputs), 1, sizes))
+        arguments = (leaves, state, inputs, sampling)
         units.append(_unit(step_name(bucket, "sampling"), sampled, arguments, 1, sizes))
         if not bucket.generated:
             target = jax.ShapeDtypeStruct((bucket.prompt,), jnp.int32)
             arguments = (leaves, state.kv, inputs, target, SCALAR)
             units.append(_unit(step_name(bucket, "score"), score, arguments, 1, sizes))
+    for outputs in sorted({bucket.outputs(step.rows) for bucket in step.buckets}):
+        logits = jax.ShapeDtypeStruct((outputs, config.vocab_size), jnp.float32)
+        units.append(_unit(top_name(outputs), top, (logits,), None, {"outputs": outputs}))
     mask = state.rows.prompt_mask
     prompt = jax.ShapeDtypeStruct(mask.shape[1:], mask.dtype)
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -100,7 +111,7 @@ def _unit(
         return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
 
     donated = () if donate is None else tuple(range(starts[donate], starts[donate + 1]))
-    variant = name.rsplit(".", 1)[-1]
+    variant = name.split(".")[0] if name.startswith("top.") else name.rsplit(".", 1)[-1]
     return Unit(name, flattened, tuple(flat), donated, {"variant": variant, **sizes})
 
 

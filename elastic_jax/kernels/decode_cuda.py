@@ -64,10 +64,8 @@ class ProductTiles(NamedTuple):
     parts: int
 
 
-_BUILT = {(1, 4), (1, 6), (1, 8), (1, 12), (2, 3), (2, 4), (2, 6), (4, 3)}
-"""(row_tiles, depth); with SwiGLU, `row_tiles` must be even."""
-
-_PAIRED = frozenset(size for size in _BUILT if size[0] % 2 == 0)
+_BUILT = ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (4, 6), (1, 8), (2, 4), (2, 3))
+"""(row_tiles, depth) that the kernels are built for, the usually fastest first; with SwiGLU, `row_tiles` must be even."""
 
 
 @functools.cache
@@ -267,13 +265,12 @@ def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: b
     precision = "int8" if isinstance(weight, QArray) else "bf16"
     measured = _measured_tiles().get((capability, precision, *weight.shape), {})
     bound = min((bound for bound in measured if bound >= tokens), default=None)
-    fitting = _fitting(capability, weight, tokens, paired=paired, whole=whole)
-    if bound is not None and measured[bound] in (fitting := list(fitting)):
+    fitting = list(_fitting(capability, weight, tokens, paired=paired, whole=whole))
+    if bound is not None and measured[bound] in fitting:
         return measured[bound]
-    found = next(iter(fitting), None)
-    if found is None:
-        raise ConfigError(f"{_NAME}: no tiles of [{weight.shape}] fit {tokens} tokens; {_INSTEAD}")
-    return found
+    if not fitting:
+        raise ConfigError(f"{_NAME}: no tiles of {weight.shape} fit {tokens} tokens; {_INSTEAD}")
+    return fitting[0]
 
 
 def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
@@ -285,7 +282,7 @@ def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: 
     chunks = contraction * (1 if quantized else 2) // _CHUNK
     planes = 2 if quantized else 1
     octets = planes * -(-tokens // 8) * min(tokens, 8)
-    sizes = ((2, 4), (2, 3), (2, 6), (4, 3)) if paired else ((1, 8), (1, 6), (2, 4), (1, 4), (2, 3), (1, 12), (2, 6), (4, 3))
+    sizes = [size for size in _BUILT if size[0] % 2 == 0] if paired else _BUILT
     for parts in (1, 2, 4, 8, 16):
         if chunks % parts or (whole and parts > 1):
             continue

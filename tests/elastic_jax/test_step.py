@@ -108,7 +108,7 @@ def test_a_prompts_next_token(machine):
 
 def test_top_tokens_are_left_out_unless_somebody_wants_them(machine):
     out = run_prompt(machine, Place(1, (4, 9)), ids("tiny_mistral", 24))
-    assert (out.top_token == 0).all()
+    assert out.top_token is None
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

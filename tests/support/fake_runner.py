@@ -6,6 +6,8 @@ a wrong token.
 
 from typing import Any
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -94,7 +96,8 @@ class FakeRunner(Runner):
             out[i] = next_token(self._context(inputs, row, position[at] + 1))
             self._last[row] = out[i], position[at] + 1
         nothing = np.zeros((n, self.step_config.top_n))
-        return StepOutputs(out, -out.astype(np.float32), nothing.astype(np.int32), nothing, np.ones(n, bool), None)
+        found = StepOutputs(out, -out.astype(np.float32), np.ones(n, bool), None)
+        return dataclasses.replace(found, top_token=nothing.astype(np.int32), top_log_probability=nothing)
 
     def score(self, bucket: Bucket, inputs: StepInputs, target: np.ndarray, *, top: bool) -> ScoreOutputs:
         """The log-probability of a target is minus the target; the argmax is what the context predicts."""

@@ -11,7 +11,7 @@ from tiny import CompiledTiny
 from elastic_jax import step as steps
 from elastic_jax.sampling import SamplingInputs
 from elastic_jax.step import Bucket, RowState, ScoreOutputs, StepInputs, StepOutputs
-from elastic_jax.units import build_model, step_name
+from elastic_jax.units import build_model, step_name, top_name
 from elastic_jax.weights import Weights, flatten
 
 EVERY_BIT = 0xFFFFFFFF
@@ -42,8 +42,11 @@ class Machine:
     ) -> StepOutputs:
         unit = self.tiny.units[step_name(bucket, "greedy" if sampling is None else "sampling")]
         rest = jax.tree.leaves((self.rows, inputs, sampling))
-        out = self._take(unit(*self._weights, *self.kv, *rest, np.int32(top)))
-        return jax.tree.map(np.asarray, StepOutputs(*out))
+        out = StepOutputs(*self._take(unit(*self._weights, *self.kv, *rest)))
+        if top:
+            tokens, values = self.tiny.units[top_name(out.logits.shape[0])](out.logits)
+            out = dataclasses.replace(out, top_token=tokens, top_log_probability=values)
+        return jax.tree.map(np.asarray, out)
 
     def score(self, bucket: Bucket, inputs: StepInputs, target: np.ndarray, *, top: bool = False) -> ScoreOutputs:
         unit = self.tiny.units[step_name(bucket, "score")]

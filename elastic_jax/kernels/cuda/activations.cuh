@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kNormThreads) norm(const NormArguments a) {
   for (int k = threadIdx.x * 4; k < a.hidden; k += kNormThreads * 4) {
     const int64_t at = static_cast<int64_t>(token) * a.hidden + k;
     float added[4] = {0, 0, 0, 0};
-#pragma unroll 4
+#pragma unroll 8
     for (int part = 0; part < a.parts; ++part) {
       const float4 v =
           *reinterpret_cast<const float4*>(a.added + static_cast<int64_t>(part) * a.tokens * a.hidden + at);

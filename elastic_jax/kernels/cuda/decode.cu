@@ -26,16 +26,18 @@ namespace {
 
 struct Device {
   int multiprocessors;
+  int shared;  // bytes of shared memory of a multiprocessor
   bool overlaps;
 };
 
 const Device& device() {
   static const Device found = [] {
-    int id = 0, multiprocessors = 1, major = 0;
+    int id = 0, multiprocessors = 1, shared = 0, major = 0;
     cudaGetDevice(&id);
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, id);
+    cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-    return Device{multiprocessors, major >= 9};
+    return Device{multiprocessors, shared, major >= 9};
   }();
   return found;
 }
@@ -76,7 +78,10 @@ cudaError_t launch_product(const ProductArguments& a, cudaStream_t stream, int* 
   const int tiles = a.outputs / (kTileRows * kRowTiles);
   const int walkers = std::min(tiles, std::max(1, device().multiprocessors / a.parts));
   *blocks = walkers * a.parts;
-  const int shared = product_shared_bytes<Weight, kRowTiles, kDepth>(a.tokens, a.row_bytes, a.parts);
+  // Started early, two blocks could share a multiprocessor and leave another idle: more than half of its memory each
+  // keeps them apart.
+  const int shared = std::max(product_shared_bytes<Weight, kRowTiles, kDepth>(a.tokens, a.row_bytes, a.parts),
+                              device().shared / 2 + 1024);
   return launch(kernel, dim3(*blocks), kThreads, shared, stream, a);
 }
 
@@ -84,14 +89,15 @@ template <typename Weight, int kMTiles, bool kSwiGlu>
 cudaError_t choose_product(const ProductArguments& a, const Tiles& tiles, cudaStream_t stream, int* blocks) {
   const int key = 100 * tiles.row_tiles + tiles.depth;
   if constexpr (!kSwiGlu) {
-    if (key == 104) return launch_product<Weight, kMTiles, 1, 4, kSwiGlu>(a, stream, blocks);
-    if (key == 106) return launch_product<Weight, kMTiles, 1, 6, kSwiGlu>(a, stream, blocks);
     if (key == 108) return launch_product<Weight, kMTiles, 1, 8, kSwiGlu>(a, stream, blocks);
     if (key == 112) return launch_product<Weight, kMTiles, 1, 12, kSwiGlu>(a, stream, blocks);
   }
   if (key == 203) return launch_product<Weight, kMTiles, 2, 3, kSwiGlu>(a, stream, blocks);
   if (key == 204) return launch_product<Weight, kMTiles, 2, 4, kSwiGlu>(a, stream, blocks);
   if (key == 206) return launch_product<Weight, kMTiles, 2, 6, kSwiGlu>(a, stream, blocks);
+  if (key == 208) return launch_product<Weight, kMTiles, 2, 8, kSwiGlu>(a, stream, blocks);
+  if (key == 404) return launch_product<Weight, kMTiles, 4, 4, kSwiGlu>(a, stream, blocks);
+  if (key == 406) return launch_product<Weight, kMTiles, 4, 6, kSwiGlu>(a, stream, blocks);
   if (key == 403) return launch_product<Weight, kMTiles, 4, 3, kSwiGlu>(a, stream, blocks);
   return cudaErrorInvalidValue;
 }

@@ -173,6 +173,7 @@ __host__ __device__ constexpr int sums_bytes(int tokens) {
 }
 
 constexpr int kMostTokens = 16;
+constexpr int kPackedAtOnce = 8;
 constexpr int kScalesBytes = 2 * kMostTokens * sizeof(float);
 
 template <typename Weight, int kRowTiles, int kDepth>
@@ -240,10 +241,10 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
   if (a.packed) {
     const int held = chunks * packing.chunk_bytes();
     const uint8_t* const mine = a.packed + static_cast<int64_t>(first_chunk) * packing.chunk_bytes();
-    for (int at = threadIdx.x * 16; at < held; at += kThreads * 16) {
-      *reinterpret_cast<uint4*>(activations + at) = *reinterpret_cast<const uint4*>(mine + at);
-    }
+    for (int at = threadIdx.x * 16; at < held; at += kThreads * 16) copy_async(activations + at, mine + at);
+    commit_copies();
     if (kPlanes == 2 && threadIdx.x < a.tokens) scales[threadIdx.x] = a.token_scales[threadIdx.x];
+    await_copies<0>();
   } else {
     if constexpr (kPlanes == 2) {
       for (int token = warp; token < a.tokens; token += kWarps) {
@@ -258,13 +259,21 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
     const int length = chunks * kChunkBytes * kPlanes / 2;
     const int64_t contraction = a.row_bytes * kPlanes / 2;
     const float* const mine = a.rows + static_cast<int64_t>(part) * length;
-    for (int token = 0; token < a.tokens; ++token) {
-      const float inverse = kPlanes == 2 ? 1.0f / scales[token] : 1.0f;
-#pragma unroll 4
-      for (int k = threadIdx.x * 4; k < length; k += kThreads * 4) {
-        const float4 v = *reinterpret_cast<const float4*>(mine + token * contraction + k);
-        const float x[4] = {v.x, v.y, v.z, v.w};
-        pack4<Weight>(activations, packing, token, k, x, inverse);
+    const int quads = length / 4, all = a.tokens * quads;
+    for (int first = threadIdx.x; first < all; first += kPackedAtOnce * kThreads) {
+      float4 v[kPackedAtOnce];  // loaded together: each load alone would take as long
+#pragma unroll
+      for (int j = 0; j < kPackedAtOnce; ++j) {
+        const int i = first + j * kThreads;
+        if (i < all) v[j] = *reinterpret_cast<const float4*>(mine + (i / quads) * contraction + i % quads * 4);
+      }
+#pragma unroll
+      for (int j = 0; j < kPackedAtOnce; ++j) {
+        const int i = first + j * kThreads;
+        if (i >= all) break;
+        const int token = i / quads;
+        const float x[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+        pack4<Weight>(activations, packing, token, i % quads * 4, x, kPlanes == 2 ? 1.0f / scales[token] : 1.0f);
       }
     }
   }
