@@ -11,11 +11,12 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import PlanError
 from elastic_jax.groups import LM_HEAD, Group, model_groups
 
-Choice = Literal["bf16", "w8a16", "w8a8"]
+Choice = Literal["bf16", "w8a16", "w8a8b", "w8a8"]
 """How a group is computed.
 
 * `bf16`: bfloat16 weights and activations.
 * `w8a16`: int8 weights, 16-bit activations for every token.
+* `w8a8b`: as `w8a8`, with a scale for each token and block of the contraction (`quantization.activation_blocks`).
 * `w8a8`: int8 weights; 8-bit activations for prompt tokens, 16-bit for generated ones.
 """
 
@@ -62,8 +63,8 @@ class Plan:
         for group, choice in self.choices.items():
             if choice not in CHOICES:
                 raise PlanError(f"plan {self.name!r}: group {group}: unknown choice {choice!r}; known: {list(CHOICES)}")
-        if self.choices.get(LM_HEAD) == "w8a8":
-            raise PlanError(f"plan {self.name!r}: {LM_HEAD} keeps 16-bit activations: use bf16 or w8a16, not w8a8")
+        if (choice := self.choices.get(LM_HEAD)) in ("w8a8", "w8a8b"):
+            raise PlanError(f"plan {self.name!r}: {LM_HEAD} keeps 16-bit activations: use bf16 or w8a16, not {choice}")
 
     def check(self, config: ModelConfig) -> None:
         """Checks that the plan covers exactly the groups of a model.

@@ -20,7 +20,7 @@ type Weights = dict[str, Any]
 """`embedding`, `final_norm`, `layers.<i>.attention_norm`, `layers.<i>.mlp_norm`, and every group by its name; a tied
 language-model head in bf16 is left out."""
 
-_PROMPT_ACTIVATIONS: dict[Choice, Activations] = {"w8a16": "a16", "w8a8": "a8"}
+_PROMPT_ACTIVATIONS: dict[Choice, Activations] = {"w8a16": "a16", "w8a8b": "a8b", "w8a8": "a8"}
 
 
 def _norm_names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:

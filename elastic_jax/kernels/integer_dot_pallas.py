@@ -63,16 +63,18 @@ class DotTiles:
 
 def integer_dot(
     x: Int8[Array, "rows in"],
-    row_scales: Float32[Array, "rows 1"],
+    row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
 ) -> Float32[Array, "rows out"]:
     """`(x * row_scales) @ (values * scales).T`, with exact integer sums.
 
     Raises:
-        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
-            divide into its tiles.
+        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, the sizes do not divide
+            into its tiles, or a row has several scales, which it does not know yet.
     """
+    if row_scales.shape[1] != 1:
+        raise ConfigError(f"{_NAME} has one scale a row, found {row_scales.shape[1]} (the choice w8a8b): {_INSTEAD}")
     capability = compute_capability(_NAME, _INSTEAD)
     return run(x, row_scales, values, scales, choose_tiles(capability, x.shape[0], *values.shape), interpret=False)
 

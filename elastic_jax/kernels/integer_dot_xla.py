@@ -7,11 +7,24 @@ from jaxtyping import Array, Float32, Int8
 
 def integer_dot(
     x: Int8[Array, "rows in"],
-    row_scales: Float32[Array, "rows 1"],
+    row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
 ) -> Float32[Array, "rows out"]:
-    """`(x * row_scales) @ (values * scales).T`, with exact integer sums."""
-    # int32 must be asked for: an int8 result takes a slow path on GPU. Sums fit: 32768 * 127 * 128 < 2**31.
-    sums = jax.lax.dot_general(x, values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-    return sums.astype(jnp.float32) * row_scales * scales[:, 0][None, :]
+    """`(x * row_scales) @ (values * scales).T`, with exact integer sums in each block of columns.
+
+    Column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`. The blocks' sums are
+    added in float32, in order.
+    """
+    blocks = row_scales.shape[1]
+    size = x.shape[1] // blocks
+    total = None
+    for block in range(blocks):
+        columns = slice(block * size, (block + 1) * size)
+        part, weight = (x, values) if blocks == 1 else (x[:, columns], values[:, columns])
+        # int32 must be asked for: an int8 result takes a slow path on GPU. Sums fit: 32768 * 127 * 128 < 2**31.
+        sums = jax.lax.dot_general(part, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        scaled = sums.astype(jnp.float32) * row_scales[:, block, None]
+        total = scaled if total is None else total + scaled
+    assert total is not None  # there is a block
+    return total * scales[:, 0][None, :]

@@ -50,6 +50,7 @@ def test_each_choice_reads_one_stored_precision():
     assert {choice: stored_precision(choice) for choice in CHOICES} == {
         "bf16": "bf16",
         "w8a16": "int8",
+        "w8a8b": "int8",
         "w8a8": "int8",
     }
     assert set(PRECISIONS) == {"bf16", "int8"}
@@ -62,9 +63,10 @@ def test_unknown_choices_are_named(choice):
         plan(choices={**PLANS["M"].choices, "layers.3.o": choice})
 
 
-def test_the_head_keeps_16_bit_activations():
-    with pytest.raises(PlanError, match="lm_head keeps 16-bit activations"):
-        plan(choices={**PLANS["M"].choices, LM_HEAD: "w8a8"})
+@pytest.mark.parametrize("choice", ["w8a8", "w8a8b"])
+def test_the_head_keeps_16_bit_activations(choice):
+    with pytest.raises(PlanError, match=f"lm_head keeps 16-bit activations: use bf16 or w8a16, not {choice}$"):
+        plan(choices={**PLANS["M"].choices, LM_HEAD: choice})
 
 
 def test_a_plan_is_for_one_model():

@@ -1,3 +1,4 @@
+import math
 import re
 
 import jax
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_jax import kernels
-from elastic_jax.quantization import QArray, quantize, quantize_8bit, quantize_16bit
+from elastic_jax.errors import ConfigError
+from elastic_jax.quantization import QArray, activation_blocks, quantize, quantize_8bit, quantize_16bit
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -207,6 +209,54 @@ def test_generated_rows_do_not_depend_on_the_prompts_activations(generated):
         assert (np.asarray(a8)[generated:] != np.asarray(a16)[generated:]).any(axis=1).all()
 
 
+@pytest.mark.parametrize(
+    ("in_size", "blocks"),
+    [(576, 9), (1536, 12), (5120, 10), (4096, 8), (32768, 8), (14336, 8), (64, 2), (48, 3), (50, 5), (7, 7), (1, 1)],
+)
+def test_blocks_are_about_ten_and_divide_the_contraction(in_size, blocks):
+    found = activation_blocks(in_size)
+    assert found == blocks
+    assert in_size % found == 0
+    assert in_size // found % math.gcd(in_size, 32) == 0
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**32 - 1))
+def test_block_scales_are_within_their_bound_of_float64(seed):
+    x, q = activations(seed, 5), weight_of(seed % 7, "a8b")
+    blocked = np.abs(x).reshape(5, activation_blocks(IN), -1)
+    weights = np.abs(np.asarray(q.values, np.float64) * np.asarray(q.scales, np.float64))
+    # Half a step of each block's own scale: a block without the outlier keeps its small numbers.
+    step = np.repeat(blocked.max(axis=-1), blocked.shape[-1], axis=1) / 127 / 2
+    bound = step @ weights.T + 1e-6 * np.abs(x).max(axis=1, keepdims=True) * weights.sum(axis=1)[None]
+    assert (np.abs(np.asarray(jit_dot(x, q, generated=0)) - exact(x, q)) <= bound).all()
+
+
+def test_block_scales_lose_less_than_one_scale_beside_outliers():
+    x = np.random.default_rng(0).standard_normal((64, IN)).astype(np.float32)
+    x[:, 3] *= 50
+    error = {}
+    for width in ("a8", "a8b"):
+        q = weight_of(0, width)
+        error[width] = np.square(np.asarray(jit_dot(x, q, generated=0)) - exact(x, q)).mean()
+    assert error["a8b"] < error["a8"] / 2
+
+
+def test_generated_rows_beside_block_scales_keep_16_bits():
+    x = activations(1, 4)
+    together, alone = (np.asarray(jit_dot(x, weight_of(0, width), generated=2)) for width in ("a8b", "a16"))
+    # The planes are equal; float32 adds the blocks' sums in another order.
+    np.testing.assert_allclose(together[:2], alone[:2], rtol=1e-5, atol=1e-6 * np.abs(alone[:2]).max())
+    assert (np.abs(together[2:] - alone[2:]).max(axis=1) > 1e-4 * np.abs(alone[2:]).max(axis=1)).all()
+
+
+def test_the_pallas_dot_refuses_block_scales():
+    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
+    q = QArray(jax.ShapeDtypeStruct((32, 64), jnp.int8), jax.ShapeDtypeStruct((32, 1), jnp.float32), "a8b")
+    with pytest.raises(ConfigError, match=r"one scale a row, found 2 \(the choice w8a8b\): use the one called 'xla'"):
+        jax.eval_shape(lambda x, q: kernels.dot("pallas")(x, q, generated=0), x, q)
+
+
 @pytest.mark.parametrize("prompt_activations", ["a8", "a16"])
 @pytest.mark.parametrize(("generated", "prompt"), [(1, 0), (1, 1), (3, 5), (0, 1), (0, 7), (4, 0)])
 def test_a_token_is_computed_the_same_alone_and_in_company(prompt_activations, generated, prompt):
@@ -232,7 +282,7 @@ def test_an_outlier_token_leaves_its_neighbours_alone():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("prompt_activations", ["a8", "a16"])
+@pytest.mark.parametrize("prompt_activations", ["a8", "a8b", "a16"])
 def test_what_is_not_finite_stays_visible_and_in_its_row(prompt_activations, bad):
     x, q = activations(7, 4), weight_of(5, prompt_activations)
     clean = np.asarray(jit_dot(x, q, generated=2))

@@ -46,6 +46,15 @@ def test_each_choice_says_how_prompt_tokens_are_rounded(tiny):
     }
 
 
+def test_block_scales_are_a_choice_of_the_same_weights(tiny):
+    plan = tiny.plan("S")
+    blocked = dataclasses.replace(plan, choices=plan.choices | {"layers.1.down": "w8a8b"})
+    weights = abstract_weights(tiny.config, blocked, "bfloat16")
+    assert weights["layers.1.down"].prompt_activations == "a8b"
+    assert weights["layers.0.down"].prompt_activations == "a8"
+    assert tiny.weight_bytes(blocked) == tiny.weight_bytes(plan)
+
+
 def test_float32_holds_the_stored_values(tiny):
     half, full = load(tiny, "XL"), load(tiny, "XL", "float32")
     for name in half:
