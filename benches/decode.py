@@ -23,8 +23,9 @@ from environment import report
 from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
 
 from elastic_jax.executables import default_step_config
+from elastic_jax.groups import model_groups
 from elastic_jax.kernels import decode_cuda
-from elastic_jax.plan import provisional_plans
+from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.step import Bucket, StepConfig
 from elastic_jax.units import build_model, make_units, step_name
 from elastic_jax.weights import flatten, weight_bytes
@@ -35,6 +36,8 @@ PAGE = 64
 def step_config(config: Any, tokens: int, context: int, decode: str) -> StepConfig:
     slots = -(-(context + 256) // PAGE) * PAGE * tokens
     step = default_step_config(config, "gpu", "bfloat16", kv_slots=slots, max_context=slots // tokens)
+    if decode == "xla":  # of which nothing rounds softmax's weights, as the fused step does not
+        step = dataclasses.replace(step, attention="xla")
     return dataclasses.replace(
         step, rows=tokens, buckets=(Bucket(tokens, 0), Bucket(0, 64)), decode=decode, max_context=slots // tokens
     )
@@ -96,6 +99,54 @@ class Step:
             jax.block_until_ready(out)
             times.append((time.perf_counter() - start) / steps)
         return times
+
+
+class PromptStep:
+    """One compiled greedy step of P prompt tokens of one sequence, with everything it takes."""
+
+    def __init__(self, config: Any, plan: Plan, tokens: int, weights: Any) -> None:
+        step = default_step_config(config, "gpu", "bfloat16", kv_slots=tokens + PAGE, max_context=tokens + PAGE)
+        bucket = Bucket(0, tokens)
+        step = dataclasses.replace(step, rows=1, buckets=(Bucket(1, 0), bucket))
+        unit = {unit.name: unit for unit in make_units(config, plan, step)}[step_name(bucket, "greedy")]
+        self.weights, _, _ = flatten(build_model(config, weights, step))
+        self.donated = [unit.arguments[i] for i in unit.donate]
+        self.call = jax.jit(unit.function, donate_argnums=unit.donate).lower(*unit.arguments).compile()
+        place = np.arange(tokens, dtype=np.int32)
+        token = np.random.default_rng(0).integers(3, config.vocab_size, tokens).astype(np.int32)
+        table = np.arange(step.pages, dtype=np.int32)[None, :]
+        inputs = (token, place, 0 * place, place, table, np.array([tokens], np.int32), np.array([tokens - 1], np.int32))
+        self.inputs = [jax.device_put(x) for x in inputs]
+
+    def seconds(self, repeats: int) -> list[float]:
+        state = [jnp.zeros(shape.shape, shape.dtype) for shape in self.donated]
+        times = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter()
+            found = jax.block_until_ready(self.call(*self.weights, *state, *self.inputs))
+            times.append(time.perf_counter() - start)
+            state = list(found[: len(state)])
+        return times[2:]
+
+
+def measure_prompt(config: Any, mode: str, weights: Any, tokens: int, blocked: bool) -> dict[str, Any]:
+    plan = provisional_plans(config)[mode]
+    if blocked:
+        choices = {name: "w8a8b" if choice == "w8a8" else choice for name, choice in plan.choices.items()}
+        plan = dataclasses.replace(plan, choices=choices)
+        weights = {
+            name: dataclasses.replace(leaf, prompt_activations="a8b") if choices.get(name) == "w8a8b" else leaf
+            for name, leaf in weights.items()
+        }
+    seconds = float(np.median(PromptStep(config, plan, tokens, weights).seconds(7)))
+    linear = sum(g.out_size * g.in_size for name, g in model_groups(config).items() if name != "lm_head")
+    return {
+        "mode": mode,
+        "w8a8b": blocked,
+        "prompt": tokens,
+        "step_ms": seconds * 1e3,
+        "top_s": 2 * linear * tokens / seconds / 1e12,
+    }
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -208,6 +259,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["S", "XL"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 4096])
+    parser.add_argument("--prompts", nargs="*", type=int, default=[1024, 4096])
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--check-layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50)
@@ -224,10 +276,14 @@ def main() -> None:
             for context in (77, 1000):
                 checks.append(check(mode, tokens, arguments.check_layers, context))
                 print(json.dumps(checks[-1]), flush=True)
-    rows, tuned = [], []
+    rows, tuned, prompts = [], [], []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
     for mode in arguments.modes:
         weights = draw(config, mode)
+        for tokens in arguments.prompts:
+            for blocked in (False, True) if mode == "S" else (False,):
+                prompts.append(measure_prompt(config, mode, weights, tokens, blocked))
+                print(json.dumps(prompts[-1]), flush=True)
         for tokens in arguments.tune:
             tuned += tune(config, mode, weights, tokens, arguments.contexts[0], arguments.steps)
         for tokens in arguments.tokens:
@@ -239,7 +295,11 @@ def main() -> None:
         del weights
     if arguments.tiles and tuned:
         arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
-    report(rows, {"bench": "decode", "limit_tb_s": limit, "checks": checks, "tuned": tuned}, arguments.out)
+    report(
+        rows,
+        {"bench": "decode", "limit_tb_s": limit, "checks": checks, "prompts": prompts, "tuned": tuned},
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

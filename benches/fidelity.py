@@ -67,7 +67,9 @@ def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, wind
             generated=window if role == "generated" else 0,
             page_size=PAGE,
         )
-        model = Mistral(config, weights, attention=prompt_attention, dot=kernels.dot(dot), decode=None, dtype=jnp.dtype(dtype))
+        model = Mistral(
+            config, weights, attention=prompt_attention, dot=kernels.dot(dot), decode=None, dtype=jnp.dtype(dtype)
+        )
         x, _ = model(tokens, (cache,) * config.num_layers, batch)
         return jax.nn.log_softmax(model.logits(x), axis=-1)
 

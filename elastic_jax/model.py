@@ -23,7 +23,8 @@ type Attention = Callable[[Array, Array, TokenBatch], Array]
 """(query [tokens, heads, dim], kv [slots, 2, kv_heads, dim], batch) -> float32 [tokens, heads, dim]."""
 
 type Dot = Callable[..., Array]
-"""(x [tokens, in], weight, *, generated) -> float32 [tokens, out]; see `quantization.dot`."""
+"""(x [tokens, in], weight, *, generated, gated=False) -> [tokens, out], or if gated SwiGLU of it (Shazeer,
+arXiv:2002.05202), [tokens, out / 2]; see `quantization.dot`."""
 
 
 class Linear(nnx.Module):
@@ -33,9 +34,11 @@ class Linear(nnx.Module):
         self.weight = weight if isinstance(weight, nnx.Param) else nnx.Param(weight)
         self.dot = dot
 
-    def __call__(self, x: Float[Array, "tokens in"], *, generated: int) -> Float32[Array, "tokens out"]:
-        """Multiplies; the first `generated` rows are generated tokens."""
-        return self.dot(x, self.weight.get_value(), generated=generated)
+    def __call__(
+        self, x: Float[Array, "tokens in"], *, generated: int, gated: bool = False
+    ) -> Float[Array, "tokens out"]:
+        """Multiplies; the first `generated` rows are generated tokens. `gated` as in `Dot`."""
+        return self.dot(x, self.weight.get_value(), generated=generated, gated=gated)
 
 
 class RMSNorm(nnx.Module):
@@ -104,18 +107,18 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer, arXiv:2002.05202)."""
+    """The gated MLP: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, gate_up: Any, down: Any, dot: Dot) -> None:
         self.gate_up = Linear(gate_up, dot)
         self.down = Linear(down, dot)
 
     def __call__(self, x: Float32[Array, "tokens hidden"], *, generated: int) -> Float32[Array, "tokens hidden"]:
-        """down(silu(gate(x)) * up(x))."""
+        """The MLP of some tokens."""
         with jax.named_scope("gate_up"):
-            gate, up = jnp.split(self.gate_up(x, generated=generated), 2, axis=-1)
+            hidden = self.gate_up(x, generated=generated, gated=True)
         with jax.named_scope("down"):
-            return self.down(jax.nn.silu(gate) * up, generated=generated)
+            return self.down(hidden, generated=generated)
 
 
 class Block(nnx.Module):

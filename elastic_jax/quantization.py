@@ -116,15 +116,32 @@ def quantize_16bit(
     return high.astype(jnp.int8), (q - (high << 8)).astype(jnp.int8), scale
 
 
-type IntegerDot = Callable[[Array, Array, Array, Array], Array]
-"""(x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1]) -> float32
-[rows, out]: the product of `x * row_scales` and `values * scales`, by integer sums. `blocks` divides `in`, and column
-`b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`."""
+@dataclasses.dataclass(frozen=True)
+class IntegerDot:
+    """An implementation of integer dots.
+
+    Attributes:
+        multiply: (x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1])
+            -> float32 [rows, out]: the product of `x * row_scales` and `values * scales`, by integer sums. `blocks`
+            divides `in`, and column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`.
+        multiply_gated: the same, then `swiglu` -> bfloat16 [rows, out / 2].
+        quantize_8bit: what the function of that name does.
+    """
+
+    multiply: Callable[[Array, Array, Array, Array], Array]
+    multiply_gated: Callable[[Array, Array, Array, Array], Array]
+    quantize_8bit: Callable[[Array], tuple[Array, Array]]
+
+
+def swiglu(gate_up: Float[Array, "tokens both"]) -> Float[Array, "tokens half"]:
+    """silu(first half) * second half (Shazeer, arXiv:2002.05202)."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return jax.nn.silu(gate) * up
 
 
 def _quantized_dot(
-    x: Float[Array, "tokens in"], weight: QArray, wide: int, integer_dot: IntegerDot
-) -> Float32[Array, "tokens out"]:
+    x: Float[Array, "tokens in"], weight: QArray, wide: int, integer_dot: IntegerDot, gated: bool
+) -> Float[Array, "tokens out"]:
     """The first `wide` tokens bring two planes each, the others one; all rows share one integer dot."""
     planes: list[Array] = []
     scales: list[Array] = []
@@ -135,13 +152,20 @@ def _quantized_dot(
         scales += [256.0 * scale, scale]
     if wide < x.shape[0]:
         blocked = weight.prompt_activations == "a8b"
-        plane, scale = (quantize_8bit_blocks if blocked else quantize_8bit)(x[wide:])
+        plane, scale = quantize_8bit_blocks(x[wide:]) if blocked else integer_dot.quantize_8bit(x[wide:])
         planes.append(plane)
         # Rows of 16-bit activations beside rows with block scales have the same scale in each block.
         scales = [jnp.broadcast_to(each, (each.shape[0], scale.shape[1])) for each in scales]
         scales.append(scale)
-    out = integer_dot(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales)
-    return jnp.concatenate([out[:wide] + out[wide : 2 * wide], out[2 * wide :]])
+    if gated and not wide:
+        return integer_dot.multiply_gated(planes[0], scales[0], weight.values, weight.scales)
+    out = integer_dot.multiply(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales)
+    out = jnp.concatenate([out[:wide] + out[wide : 2 * wide], out[2 * wide :]])
+    if not gated:
+        return out
+    out = swiglu(out)
+    # As `multiply_gated` rounds them: what a prompt token is given must not depend on the step's other tokens.
+    return jnp.concatenate([out[:wide], out[wide:].astype(jnp.bfloat16).astype(out.dtype)])
 
 
 def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float32[Array, "tokens out"]:
@@ -165,7 +189,8 @@ def dot(
     *,
     generated: int,
     integer_dot: IntegerDot,
-) -> Float32[Array, "tokens out"]:
+    gated: bool = False,
+) -> Float[Array, "tokens out"]:
     """Multiplies tokens by a weight stored [out, in]; the weight's type decides how.
 
     Args:
@@ -173,11 +198,15 @@ def dot(
         weight: a float matrix (activations are cast to its dtype, sums are float32), or a `QArray`.
         generated: how many of the first rows are generated tokens.
         integer_dot: the implementation of integer dots (`kernels.INTEGER_DOT`).
+        gated: whether the weight's outputs are gate and up, and `swiglu` of them is wanted.
 
     Returns:
-        float32 [tokens, out].
+        float32 [tokens, out], or [tokens, out / 2] if gated. 8-bit activations are too coarse to tell a gated result
+        from its rounding to bfloat16, so prompt tokens that have them get that: bfloat16 values, and bfloat16 as their
+        type where no token has 16-bit activations.
     """
     if isinstance(weight, QArray):
         wide = x.shape[0] if weight.prompt_activations == "a16" else generated
-        return _quantized_dot(x, weight, wide, integer_dot)
-    return _plain_dot(x, weight)
+        return _quantized_dot(x, weight, wide, integer_dot, gated)
+    out = _plain_dot(x, weight)
+    return swiglu(out) if gated else out

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-
 from typing import Any
 
 from jaxtyping import Array
@@ -24,17 +23,32 @@ def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
     return attention_pallas.attention(query, kv, batch)
 
 
-def _pallas_integer_dot(x: Array, row_scales: Array, values: Array, scales: Array) -> Array:
+def _pallas_multiply(*operands: Array) -> Array:
     from elastic_jax.kernels import integer_dot_pallas
 
-    return integer_dot_pallas.integer_dot(x, row_scales, values, scales)
+    return integer_dot_pallas.multiply(*operands)
+
+
+def _pallas_multiply_gated(*operands: Array) -> Array:
+    from elastic_jax.kernels import integer_dot_pallas
+
+    return integer_dot_pallas.multiply_gated(*operands)
+
+
+def _pallas_quantize_8bit(x: Array) -> tuple[Array, Array]:
+    from elastic_jax.kernels import quantize_pallas
+
+    return quantize_pallas.quantize_8bit(x)
 
 
 ATTENTION: dict[str, Attention] = {"xla": attention_xla.attention, "pallas": _pallas_attention}
 """Attention over the paged cache by name: `xla` is the plain-XLA reference, for every platform; `pallas` is for NVIDIA
 GPUs, and refuses to be traced for anything else."""
 
-INTEGER_DOT: dict[str, IntegerDot] = {"xla": integer_dot_xla.integer_dot, "pallas": _pallas_integer_dot}
+INTEGER_DOT: dict[str, IntegerDot] = {
+    "xla": integer_dot_xla.IMPLEMENTATION,
+    "pallas": IntegerDot(_pallas_multiply, _pallas_multiply_gated, _pallas_quantize_8bit),
+}
 """Products of int8 by name, with the same two meanings."""
 
 

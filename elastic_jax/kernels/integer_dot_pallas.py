@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float32, Int8
+from jaxtyping import Array, BFloat16, Float, Float32, Int8
 
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
@@ -61,7 +61,7 @@ class DotTiles:
     weight_first: bool
 
 
-def integer_dot(
+def multiply(
     x: Int8[Array, "rows in"],
     row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
@@ -70,42 +70,58 @@ def integer_dot(
     """`(x * row_scales) @ (values * scales).T`, with exact integer sums.
 
     Raises:
-        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, the sizes do not divide
-            into its tiles, or a row has several scales, which it does not know yet.
+        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
+            divide into its tiles.
     """
-    if row_scales.shape[1] != 1:
-        raise ConfigError(f"{_NAME} has one scale a row, found {row_scales.shape[1]} (the choice w8a8b): {_INSTEAD}")
-    capability = compute_capability(_NAME, _INSTEAD)
-    return run(x, row_scales, values, scales, choose_tiles(capability, x.shape[0], *values.shape), interpret=False)
+    tiles = choose_tiles(compute_capability(_NAME, _INSTEAD), x.shape[0], *values.shape, row_scales.shape[1])
+    return run(x, row_scales, values, scales, tiles, gated=False, interpret=False)
+
+
+def multiply_gated(
+    x: Int8[Array, "rows in"],
+    row_scales: Float32[Array, "rows blocks"],
+    values: Int8[Array, "out in"],
+    scales: Float32[Array, "out 1"],
+) -> BFloat16[Array, "rows half"]:
+    """`multiply`, then SwiGLU of it in the kernel: gate and up never go through memory.
+
+    Raises:
+        ConfigError: as `multiply`.
+    """
+    tiles = choose_tiles(compute_capability(_NAME, _INSTEAD), x.shape[0], *values.shape, row_scales.shape[1])
+    return run(x, row_scales, values, scales, dataclasses.replace(tiles, splits=1), gated=True, interpret=False)
 
 
 # Jitted, so that a model's layers trace and lower the kernel once.
-@functools.partial(jax.jit, static_argnames=("tiles", "interpret"))
+@functools.partial(jax.jit, static_argnames=("tiles", "gated", "interpret"))
 def run(
     x: Int8[Array, "rows in"],
-    row_scales: Float32[Array, "rows 1"],
+    row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
     tiles: DotTiles,
     *,
+    gated: bool,
     interpret: bool,
-) -> Float32[Array, "rows out"]:
-    """`integer_dot` with a given size of tiles, or in Pallas's interpreter, which runs anywhere.
+) -> Float[Array, "rows columns"]:
+    """`multiply` or `multiply_gated` with a given size of tiles, or in Pallas's interpreter, which runs anywhere.
 
     Raises:
         ConfigError: the weight does not divide into the tiles.
     """
     rows, contraction = x.shape
     out = values.shape[0]
-    check_tiles(tiles, out, contraction)
+    check_tiles(tiles, out, contraction, row_scales.shape[1])
     missing = -rows % tiles.rows
     if missing:  # of the activations, which are small; the weight is never copied
         x, row_scales = (jnp.pad(array, ((0, missing), (0, 0))) for array in (x, row_scales))
     partial = pallas.pallas_call(
-        functools.partial(integer_dot_kernel, tiles=tiles),
+        functools.partial(integer_dot_kernel, tiles=tiles, gated=gated),
         # Programs that start together read the same weights.
         grid=(x.shape[0] // tiles.rows, out // tiles.out, tiles.splits),
-        out_shape=jax.ShapeDtypeStruct((tiles.splits, rows, out), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct(
+            (tiles.splits, rows, out // 2 if gated else out), jnp.bfloat16 if gated else jnp.float32
+        ),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
     )(x, row_scales, values, scales)
@@ -113,13 +129,23 @@ def run(
 
 
 def integer_dot_kernel(
-    x_ref: Any, row_scales_ref: Any, values_ref: Any, scales_ref: Any, out_ref: Any, *, tiles: DotTiles
+    x_ref: Any, row_scales_ref: Any, values_ref: Any, scales_ref: Any, out_ref: Any, *, tiles: DotTiles, gated: bool
 ) -> None:
     """The kernel: one tile of outputs, over one part of the contraction. Profilers show its name."""
+    # Gated, a tile is half gate and half up.
+    width = tiles.out // 2 if gated else tiles.out
     row_tile, out_tile, split = (pallas.program_id(axis) for axis in range(3))
     row = row_tile * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
-    out = out_tile * tiles.out + jnp.arange(tiles.out, dtype=jnp.int32)
+    place = jnp.arange(tiles.out, dtype=jnp.int32)
+    half = jnp.where(place < width, 0, out_ref.shape[2] - width) if gated else 0
+    out = out_tile * width + place + half
+    blocks = row_scales_ref.shape[1]
     steps = values_ref.shape[1] // (tiles.contracted * tiles.splits)
+
+    def scale_of(block: Array) -> Array:
+        column = jnp.full(1, block, jnp.int32)
+        found = triton.load(row_scales_ref.at[row[:, None], column[None, :]])
+        return found.T if tiles.weight_first else found
 
     def each_step(step: Array, sums: Array) -> Array:
         at = (split * steps + step) * tiles.contracted + jnp.arange(tiles.contracted, dtype=jnp.int32)
@@ -130,20 +156,41 @@ def integer_dot_kernel(
         return sums + product
 
     shape = (tiles.out, tiles.rows) if tiles.weight_first else (tiles.rows, tiles.out)
-    sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), each_step, jnp.zeros(shape, jnp.int32))
-    sums = sums.T if tiles.weight_first else sums
+    zeros = jnp.zeros(shape, jnp.int32)
+    if blocks == 1:
+        sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), each_step, zeros)
+        total = sums.astype(jnp.float32) * scale_of(jnp.int32(0))
+    else:
+        # One loop, with a turn at each block's end: a loop in a loop would empty the pipeline of loads at each.
+        block_steps = values_ref.shape[1] // blocks // tiles.contracted
+
+        def each_block_step(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            sums, total = each_step(step, carry[0]), carry[1]
+            ended = split * steps + step + 1
+
+            def add() -> tuple[Array, Array]:
+                return zeros, total + sums.astype(jnp.float32) * scale_of(ended // block_steps - 1)
+
+            return jax.lax.cond(ended % block_steps == 0, add, lambda: (sums, total))
+
+        _, total = jax.lax.fori_loop(
+            jnp.int32(0), jnp.int32(steps), each_block_step, (zeros, jnp.zeros(shape, jnp.float32))
+        )
+    total = total.T if tiles.weight_first else total
     first = jnp.zeros(1, jnp.int32)
-    row_scales = triton.load(row_scales_ref.at[row[:, None], first[None, :]])
-    scales = triton.load(scales_ref.at[out[:, None], first[None, :]]).T
-    place = out_ref.at[split, row[:, None], out[None, :]]
-    scaled = sums.astype(jnp.float32) * row_scales * scales
+    scaled = total * triton.load(scales_ref.at[out[:, None], first[None, :]]).T
+    column = out_tile * width + jnp.arange(width, dtype=jnp.int32)
+    if gated:
+        gate, up = jnp.split(scaled, 2, axis=1)
+        scaled = (gate / (1.0 + jnp.exp(-gate)) * up).astype(out_ref.dtype)
+    place = out_ref.at[split, row[:, None], column[None, :]]
     if out_ref.shape[1] % tiles.rows:
         triton.store(place, scaled, mask=jnp.broadcast_to((row < out_ref.shape[1])[:, None], scaled.shape))
     else:
         triton.store(place, scaled)
 
 
-def choose_tiles(capability: int, rows: int, out: int, contraction: int) -> DotTiles:
+def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks: int = 1) -> DotTiles:
     """Sizes of the kernel for a product: measured ones (`integer_dot_tiles.json`) where there are some.
 
     Args:
@@ -151,6 +198,7 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int) -> DotT
         rows: rows of activations.
         out: outputs.
         contraction: length of the contraction.
+        blocks: scales a row, for equal parts of the contraction.
 
     Raises:
         ConfigError: the sizes do not divide into tiles.
@@ -158,8 +206,20 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int) -> DotT
     measured = _measured_tiles().get((capability, out, contraction), {})
     bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
     tiles = usual_tiles(capability, rows, out, contraction) if bound is None else measured[bound]
-    check_tiles(tiles, out, contraction)
+    if blocks > 1:
+        tiles = _for_blocks(tiles, contraction // blocks)
+    check_tiles(tiles, out, contraction, blocks)
     return tiles
+
+
+def _for_blocks(tiles: DotTiles, block: int) -> DotTiles:
+    """The tiles that a dot with several scales a row takes instead: parts and steps that end where blocks do.
+
+    It has two sums, and twice the warps to hold them.
+    """
+    depth = min(tiles.contracted, _power_of_two_in(block))
+    splits = tiles.splits if tiles.splits * depth <= block else 1
+    return dataclasses.replace(tiles, contracted=depth, splits=splits, warps=min(8, 2 * tiles.warps))
 
 
 @functools.cache
@@ -206,13 +266,14 @@ def _power_of_two_in(n: int) -> int:
     return n & -n
 
 
-def check_tiles(tiles: DotTiles, out: int, contraction: int) -> None:
+def check_tiles(tiles: DotTiles, out: int, contraction: int, blocks: int = 1) -> None:
     """Refuses sizes that do not divide into tiles.
 
     Raises:
         ConfigError: it is so.
     """
     fits = out % tiles.out == 0 and contraction % (tiles.contracted * tiles.splits) == 0
+    fits &= contraction // blocks % tiles.contracted == 0
     if not fits or tiles.out < _LEAST_OUT or tiles.contracted < _LEAST_IN:
         raise ConfigError(
             f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}; found "

@@ -2,10 +2,22 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int8
+from jaxtyping import Array, BFloat16, Float32, Int8
+
+from elastic_jax.quantization import IntegerDot, quantize_8bit, swiglu
 
 
-def integer_dot(
+def multiply_gated(
+    x: Int8[Array, "rows in"],
+    row_scales: Float32[Array, "rows blocks"],
+    values: Int8[Array, "out in"],
+    scales: Float32[Array, "out 1"],
+) -> BFloat16[Array, "rows half"]:
+    """`multiply`, then SwiGLU of it, rounded to bfloat16."""
+    return swiglu(multiply(x, row_scales, values, scales)).astype(jnp.bfloat16)
+
+
+def multiply(
     x: Int8[Array, "rows in"],
     row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
@@ -28,3 +40,6 @@ def integer_dot(
         total = scaled if total is None else total + scaled
     assert total is not None  # there is a block
     return total * scales[:, 0][None, :]
+
+
+IMPLEMENTATION = IntegerDot(multiply, multiply_gated, quantize_8bit)

@@ -32,9 +32,9 @@ def exact(*arrays):
 @pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 64, 65, 130])
 def test_equals_the_reference(rows):
     arrays = operands(rows, 192, 320)
-    out = integer_dot_pallas.run(*arrays, choose_tiles(90, rows, 192, 320), interpret=True)
+    out = integer_dot_pallas.run(*arrays, choose_tiles(90, rows, 192, 320), gated=False, interpret=True)
     np.testing.assert_allclose(np.asarray(out), exact(*arrays), rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(out), np.asarray(kernels.INTEGER_DOT["xla"](*arrays)), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(out), np.asarray(kernels.INTEGER_DOT["xla"].multiply(*arrays)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_first", [True, False])
@@ -43,15 +43,54 @@ def test_parts_of_the_contraction_add_up(splits, weight_first):
     arrays = operands(5, 64, 256)
     tiles = DotTiles(16, 32, 64, splits, 4, 2, weight_first)
     np.testing.assert_allclose(
-        np.asarray(integer_dot_pallas.run(*arrays, tiles, interpret=True)), exact(*arrays), rtol=1e-5, atol=1e-2
+        np.asarray(integer_dot_pallas.run(*arrays, tiles, gated=False, interpret=True)),
+        exact(*arrays),
+        rtol=1e-5,
+        atol=1e-2,
     )
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+@pytest.mark.parametrize(("blocks", "splits"), [(2, 1), (5, 1), (4, 2)])
+def test_scales_of_blocks(blocks, splits, weight_first):
+    x, _, values, scales = operands(37, 64, 320 if blocks == 5 else 512)
+    rng = np.random.default_rng(1)
+    row_scales = jnp.asarray(rng.uniform(0.01, 2, (37, blocks)).astype(np.float32))
+    tiles = DotTiles(16, 32, 64, splits, 4, 2, weight_first)
+    found = integer_dot_pallas.run(x, row_scales, values, scales, tiles, gated=False, interpret=True)
+    scaled = np.asarray(x, np.float64) * np.repeat(np.asarray(row_scales), x.shape[1] // blocks, axis=1)
+    expected = scaled @ (np.asarray(values, np.float64) * np.asarray(scales)).T
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-2)
+    reference = kernels.INTEGER_DOT["xla"].multiply(x, row_scales, values, scales)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(reference), rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("weight_first", [True, False])
+@pytest.mark.parametrize("rows", [1, 16, 40])
+def test_gated_is_swiglu_of_the_plain_one(rows, weight_first):
+    x, row_scales, values, scales = operands(rows, 128, 128)
+    arrays = x, row_scales * 1e-3, values, scales * 1e-2
+    tiles = DotTiles(16, 32, 64, 1, 4, 2, weight_first)
+    found = integer_dot_pallas.run(*arrays, tiles, gated=True, interpret=True)
+    assert (found.shape, found.dtype) == ((rows, 64), jnp.bfloat16)
+    gate, up = np.split(exact(*arrays), 2, axis=1)
+    np.testing.assert_allclose(np.asarray(found, np.float64), gate / (1 + np.exp(-gate)) * up, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 8, 10])
+def test_tiles_end_where_blocks_do(blocks):
+    for rows in (1, 64, 1024, 4096):
+        tiles = choose_tiles(90, rows, 6144, 5120, blocks)
+        assert 5120 // blocks % tiles.contracted == 0
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 def test_any_size_that_divides(rows, out, contraction, seed):
     arrays = operands(rows, 16 * out, 32 * contraction, seed)
-    found = integer_dot_pallas.run(*arrays, choose_tiles(90, rows, 16 * out, 32 * contraction), interpret=True)
+    found = integer_dot_pallas.run(
+        *arrays, choose_tiles(90, rows, 16 * out, 32 * contraction), gated=False, interpret=True
+    )
     np.testing.assert_allclose(np.asarray(found), exact(*arrays), rtol=1e-6)
 
 
@@ -94,7 +133,7 @@ def test_sizes_that_do_not_divide_are_refused(out, contraction):
 
 def test_it_refuses_to_be_traced_for_the_cpu():
     with pytest.raises(ConfigError, match=r"needs an NVIDIA GPU of compute capability 8\.0"):
-        jax.eval_shape(kernels.INTEGER_DOT["pallas"], *operands(2, 64, 64))
+        jax.eval_shape(kernels.INTEGER_DOT["pallas"].multiply, *operands(2, 64, 64))
 
 
 def test_the_default_falls_back_where_sizes_do_not_divide():
@@ -108,6 +147,6 @@ def test_the_default_falls_back_where_sizes_do_not_divide():
 @pytest.mark.parametrize("rows", [1, 2, 32, 64, 100, 128, 1152])
 def test_compiled_equals_the_reference(rows):
     arrays = operands(rows, 5120, 4096)
-    out = jax.jit(kernels.INTEGER_DOT["pallas"])(*arrays)
+    out = jax.jit(kernels.INTEGER_DOT["pallas"].multiply)(*arrays)
     expected = exact(*arrays)
     assert np.abs(np.asarray(out) - expected).max() <= 1e-6 * np.abs(expected).max()

@@ -1,0 +1,31 @@
+"""In Pallas's interpreter, which runs the kernel's arithmetic."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from elastic_jax.kernels import quantize_pallas
+from elastic_jax.quantization import quantize_8bit
+
+
+@pytest.mark.parametrize("width", [32, 96, 576, 5120])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_equals_the_reference(width, dtype):
+    rng = np.random.default_rng(width)
+    x = jnp.asarray(rng.standard_normal((20, width)) * rng.uniform(1e-3, 1e3, (20, 1)), dtype)
+    x = x.at[3].set(0)
+    plane, scale = quantize_pallas.run(x, interpret=True)
+    expected, expected_scale = quantize_8bit(x)
+    np.testing.assert_allclose(np.asarray(scale), np.asarray(expected_scale), rtol=1e-6)
+    # A quotient may fall on either side of a tie.
+    difference = np.abs(np.asarray(plane, np.int32) - np.asarray(expected, np.int32))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+    assert scale[3, 0] == 1
+    assert not np.asarray(plane[3]).any()
+
+
+def test_ties_go_to_even():
+    x = jnp.asarray([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5] * 4])
+    plane, _ = quantize_pallas.run(x, interpret=True)
+    assert np.asarray(plane)[0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
