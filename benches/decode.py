@@ -1,10 +1,11 @@
-"""The fused decode step: checked against the composed one, then timed with several tiles, on an NVIDIA GPU.
+"""Steps by themselves, without an engine: fused decode checked and timed, its tiles tuned, prompts timed.
 
-Method. Mistral-Small-3.1-24B's shape with random weights. The check runs the same step with --check-layers layers both
-ways and compares logits and the written keys and values (norm of the difference over the norm). The times run all layers:
-the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the clock stops when the
-last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a step; `limit_tb_s` is the
-sum of a 4 GB array, read in this run. --tune tries tiles for one product after the other and prints the best.
+Method. Mistral-Small-3.1-24B's shape with random weights, on an NVIDIA GPU. The check runs the same step with
+--check-layers layers fused and composed, and compares logits and written keys and values (norm of the difference over
+the norm). Decode: the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the
+clock stops when the last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a
+step; `limit_tb_s` is the sum of a 4 GB array, read in this run. Prompts run --prompt-layers layers. --tune tries tiles
+for one product after the other, with --tune-layers layers.
 
     python benches/decode.py --modes S XL --tokens 1 8 16 --out benches/results/<device>/decode.json
 """
@@ -231,7 +232,7 @@ def tune(config: Any, mode: str, weights: Any, tokens: int, context: int, steps:
         weight = weights[f"layers.0.{name}"]
         tried = []
         fitting = list(decode_cuda._fitting(90, weight, tokens, paired=paired, whole=whole))
-        for tiles in [t for t in fitting if t.parts <= max(2, fitting[0].parts * 2)][:10]:
+        for tiles in [t for t in fitting if t.parts <= max(2, fitting[0].parts * 2)][:5]:
             best[tuple(weight.shape)] = tiles
             jax.clear_caches()
             seconds = float(np.median(Step(config, mode, tokens, context, "cuda", weights).seconds(steps, 3)))
@@ -259,13 +260,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["S", "XL"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--contexts", nargs="+", type=int, default=[256, 4096])
-    parser.add_argument("--prompts", nargs="*", type=int, default=[1024, 4096])
+    parser.add_argument("--prompts", nargs="*", type=int, default=[4096])
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--check-layers", type=int, default=2)
+    parser.add_argument("--check-contexts", nargs="*", type=int, default=[77, 1000])
+    parser.add_argument("--prompt-layers", type=int, default=40)
+    parser.add_argument("--tune-layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tune", nargs="*", type=int, default=[], help="tokens to tune for, at the first context")
     parser.add_argument("--composed", action="store_true", help="time the composed step too")
-    parser.add_argument("--tiles", type=Path, help="write tuned tiles here")
+    parser.add_argument("--tiles", type=Path, help="write tuned tiles here (elastic_jax/kernels/decode_tiles.json)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     limit = reading_limit()
@@ -273,19 +277,28 @@ def main() -> None:
     checks = []
     for mode in arguments.modes:
         for tokens in arguments.tokens:
-            for context in (77, 1000):
+            for context in arguments.check_contexts:
                 checks.append(check(mode, tokens, arguments.check_layers, context))
                 print(json.dumps(checks[-1]), flush=True)
     rows, tuned, prompts = [], [], []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
     for mode in arguments.modes:
+        if arguments.prompts:
+            short = dataclasses.replace(config, num_layers=arguments.prompt_layers)
+            weights = draw(short, mode)
+            for tokens in arguments.prompts:
+                for blocked in (False, True) if mode == "S" else (False,):
+                    prompts.append(measure_prompt(short, mode, weights, tokens, blocked))
+                    print(json.dumps(prompts[-1]), flush=True)
+        if arguments.tune:
+            short = dataclasses.replace(config, num_layers=arguments.tune_layers)
+            weights = draw(short, mode)
+            for tokens in arguments.tune:
+                tuned += tune(short, mode, weights, tokens, arguments.contexts[0], arguments.steps)
+            if arguments.tiles:
+                arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
+                decode_cuda._measured_tiles.cache_clear()
         weights = draw(config, mode)
-        for tokens in arguments.prompts:
-            for blocked in (False, True) if mode == "S" else (False,):
-                prompts.append(measure_prompt(config, mode, weights, tokens, blocked))
-                print(json.dumps(prompts[-1]), flush=True)
-        for tokens in arguments.tune:
-            tuned += tune(config, mode, weights, tokens, arguments.contexts[0], arguments.steps)
         for tokens in arguments.tokens:
             for context in arguments.contexts:
                 for decode in ("cuda", "xla") if arguments.composed else ("cuda",):
@@ -293,13 +306,8 @@ def main() -> None:
                     rows[-1]["fraction_of_limit"] = rows[-1]["read_tb_s"] / limit
                     print(json.dumps(rows[-1]), flush=True)
         del weights
-    if arguments.tiles and tuned:
-        arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
-    report(
-        rows,
-        {"bench": "decode", "limit_tb_s": limit, "checks": checks, "prompts": prompts, "tuned": tuned},
-        arguments.out,
-    )
+    facts = {"bench": "decode", "limit_tb_s": limit, "checks": checks, "prompts": prompts, "tuned": tuned}
+    report(rows, facts, arguments.out)
 
 
 if __name__ == "__main__":

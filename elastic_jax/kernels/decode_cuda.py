@@ -287,11 +287,10 @@ def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: 
         if chunks % parts or (whole and parts > 1):
             continue
         for row_tiles, depth in sizes:
-            if out % (_TILE_ROWS * row_tiles):
-                continue
             ring = _WARPS * depth * row_tiles * _TILE_ROWS * _CHUNK
             sums = _WARPS * row_tiles * _TILE_ROWS * tokens * 4
-            if ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared:
+            fits = ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared
+            if fits and out % (_TILE_ROWS * row_tiles) == 0:
                 yield ProductTiles(row_tiles, depth, parts)
 
 
@@ -315,7 +314,7 @@ def _scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequenc
     heads = config.num_heads * config.head_dim
     sizes = (
         2 * tokens * config.hidden_size,  # residual stream before the MLP, bf16
-        2 * tokens * config.hidden_size,  # packed activations
+        2 * tokens * max(config.hidden_size, heads, config.intermediate_size),  # packed activations
         4 * tokens,  # their scales
         4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size),
         4 * tokens * splits * heads,  # pieces of attention

@@ -34,6 +34,9 @@ _LEAST_OUT, _LEAST_IN = 16, 32
 _SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes that a program may have, from a compute capability on (CUDA programming guide, technical specifications)."""
 
+_FEW = 64
+"""Rows up to which reading the weight is the limit."""
+
 _PROGRAMS = 396
 """Programs that fill a device, three on each of an H200's multiprocessors; smaller devices queue them."""
 
@@ -203,13 +206,19 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks:
     Raises:
         ConfigError: the sizes do not divide into tiles.
     """
-    measured = _measured_tiles().get((capability, out, contraction), {})
-    bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
-    tiles = usual_tiles(capability, rows, out, contraction) if bound is None else measured[bound]
-    if blocks > 1:
-        tiles = _for_blocks(tiles, contraction // blocks)
+    tiles = _measured(capability, rows, out, contraction, blocks) if rows > _FEW or blocks == 1 else None
+    if tiles is None:
+        tiles = _measured(capability, rows, out, contraction, 1) or usual_tiles(capability, rows, out, contraction)
+        if blocks > 1:
+            tiles = _for_blocks(tiles, contraction // blocks)
     check_tiles(tiles, out, contraction, blocks)
     return tiles
+
+
+def _measured(capability: int, rows: int, out: int, contraction: int, blocks: int) -> DotTiles | None:
+    measured = _measured_tiles().get((capability, out, contraction, blocks), {})
+    bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
+    return None if bound is None else measured[bound]
 
 
 def _for_blocks(tiles: DotTiles, block: int) -> DotTiles:
@@ -223,18 +232,18 @@ def _for_blocks(tiles: DotTiles, block: int) -> DotTiles:
 
 
 @functools.cache
-def _measured_tiles() -> dict[tuple[int, int, int], dict[int, DotTiles]]:
-    """(compute capability, outputs, contraction) -> the most rows that tiles were chosen for -> tiles."""
-    table: dict[tuple[int, int, int], dict[int, DotTiles]] = {}
+def _measured_tiles() -> dict[tuple[int, int, int, int], dict[int, DotTiles]]:
+    """(compute capability, outputs, contraction, blocks) -> the most rows that tiles were chosen for -> tiles."""
+    table: dict[tuple[int, int, int, int], dict[int, DotTiles]] = {}
     for entry in json.loads(resources.files(__package__).joinpath("integer_dot_tiles.json").read_text()):
-        key = entry["capability"], entry["out"], entry["contraction"]
+        key = entry["capability"], entry["out"], entry["contraction"], entry.get("blocks", 1)
         table.setdefault(key, {})[entry["rows"]] = DotTiles(**entry["tiles"])
     return table
 
 
 def usual_tiles(capability: int, rows: int, out: int, contraction: int) -> DotTiles:
     """Sizes of the kernel for a product that nobody has measured; they may not divide it."""
-    few = rows <= 64
+    few = rows <= _FEW
     height = max(16, 1 << (rows - 1).bit_length()) if few else 128
     width = min(_power_of_two_in(out), 64 if few else 128)
     depth = min(_power_of_two_in(contraction), 256 if few else 128)

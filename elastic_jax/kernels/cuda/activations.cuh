@@ -1,4 +1,4 @@
-// RMSNorm of the residual stream, packed for a product (products.cuh).
+// What packs activations for a product (products.cuh): RMSNorm of the residual stream, and rows as they are.
 
 #pragma once
 
@@ -89,6 +89,41 @@ __global__ void __launch_bounds__(kNormThreads) norm(const NormArguments a) {
     const float x[4] = {row[k] * factor, row[k + 1] * factor, row[k + 2] * factor, row[k + 3] * factor};
     pack4<Weight>(a.packed, packing, token, k, x, 1.0f / scale);
   }
+}
+
+constexpr int kPackThreads = 256;
+constexpr int kPackPiece = 4 * kPackThreads;
+
+struct PackArguments {
+  const float* rows;    // [tokens][contraction]
+  const float* maxima;  // [maxima_count][tokens], int8 only
+  int maxima_count;
+  int tokens;
+  int contraction;
+  uint8_t* packed;
+  float* token_scales;
+};
+
+// One block for kPackPiece values of a token. Products pack a few tokens for themselves (`ProductArguments::rows`), but
+// every block of theirs would do the same for many.
+template <typename Weight>
+__global__ void __launch_bounds__(kPackThreads) pack_rows(const PackArguments a) {
+  const int token = blockIdx.y, k = blockIdx.x * kPackPiece + 4 * threadIdx.x;
+  release_successor();
+  wait_for_predecessor();
+  float4 v = make_float4(0, 0, 0, 0);
+  if (k < a.contraction) v = *reinterpret_cast<const float4*>(a.rows + static_cast<int64_t>(token) * a.contraction + k);
+  float scale = 1;
+  if constexpr (Weight::kPlanes == 2) {
+    float most = 0;
+    for (int i = threadIdx.x % 32; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
+#pragma unroll
+    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    scale = plane_scale(most);
+    if (k == 0) a.token_scales[token] = scale;
+  }
+  const float x[4] = {v.x, v.y, v.z, v.w};
+  if (k < a.contraction) pack4<Weight>(a.packed, Packing(a.tokens, Weight::kPlanes), token, k, x, 1.0f / scale);
 }
 
 }  // namespace elastic

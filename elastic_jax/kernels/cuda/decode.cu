@@ -1,6 +1,7 @@
 // A decoder layer and the language-model head for a few generated tokens, called by XLA (jax.ffi).
 //
-// A layer is eight launches on one stream: norm, qkv, attention, join, o, norm, gate_up, down. On Hopper each may start
+// A layer is eight launches on one stream: norm, qkv, attention, join, o, norm, gate_up, down; ten where there are more
+// than two tokens, whose activations are packed before o and down by kernels of their own. On Hopper each may start
 // before its predecessor ends (programmatic dependent launch) and fills its ring of weights meanwhile. A layer's last
 // product is left unadded: the next norm adds it, so that splitting a contraction costs no launch.
 //
@@ -133,6 +134,15 @@ cudaError_t run_attention(int dim, int group, const AttentionArguments& a, cudaS
   return cudaErrorInvalidValue;
 }
 
+// Tokens up to which a product packs float32 rows for itself, and saves a launch.
+constexpr int kPackedInProduct = 2;
+
+cudaError_t run_pack(bool quantized, const PackArguments& a, cudaStream_t stream) {
+  auto* const kernel = quantized ? &pack_rows<Int8> : &pack_rows<Bf16>;
+  const dim3 grid((a.contraction + kPackPiece - 1) / kPackPiece, a.tokens);
+  return launch(kernel, grid, kPackThreads, 0, stream, a);
+}
+
 // A weight [out, in] as it comes: int8 with scales, or bf16 with none.
 struct Weight {
   const uint8_t* values;
@@ -210,7 +220,8 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
 
   Scratch scratch(scratch_out);
   auto* const middle = scratch.take<__nv_bfloat16>(tokens * hidden);
-  auto* const packed = scratch.take<uint8_t>(static_cast<int64_t>(2) * tokens * hidden);
+  const int widest = std::max({hidden, heads * dim, intermediate});
+  auto* const packed = scratch.take<uint8_t>(static_cast<int64_t>(2) * tokens * widest);
   auto* const token_scales = scratch.take<float>(tokens);
   auto* const projected = scratch.take<float>(static_cast<int64_t>(tiles_of(0).parts) * tokens * qkv.outputs);
   auto* const partial = scratch.take<float>(static_cast<int64_t>(tokens) * splits * heads * dim);
@@ -221,6 +232,19 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
   auto* const activated = scratch.take<float>(static_cast<int64_t>(tokens) * intermediate);
   auto* const activated_maxima = scratch.take<float>(static_cast<int64_t>(device().multiprocessors) * tokens);
   if (scratch.exceeded()) return failed("too little scratch memory");
+
+  // Activations as float32 rows with the maxima of their magnitudes, for a product.
+  auto give_rows = [&](const Weight& weight, ProductArguments& p, const float* rows, const float* maxima, int count) {
+    if (tokens <= kPackedInProduct) {
+      p.rows = rows;
+      p.maxima = maxima;
+      p.maxima_count = count;
+      return cudaSuccess;
+    }
+    p.packed = packed;
+    p.token_scales = token_scales;
+    return run_pack(weight.quantized, {rows, maxima, count, tokens, weight.contraction, packed, token_scales}, stream);
+  };
 
   int blocks = 0;
   NormArguments n = {data<__nv_bfloat16>(residual), data<float>(added), static_cast<int>(added.dimensions()[0]),
@@ -256,9 +280,7 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
   ELASTIC_RUN(run_attention(dim, heads / kv_heads, a, stream), "attention");
 
   p = o.product(tokens, tiles_of(1).parts, o_out);
-  p.rows = attended;
-  p.maxima = attended_maxima;
-  p.maxima_count = kv_heads;
+  ELASTIC_RUN(give_rows(o, p, attended, attended_maxima, kv_heads), "packing for o");
   ELASTIC_RUN(run_product<false>(o.quantized, p, tiles_of(1), stream, &blocks), "o");
 
   n.residual = middle;
@@ -275,9 +297,7 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
   ELASTIC_RUN(run_product<true>(gate_up.quantized, p, tiles_of(2), stream, &blocks), "gate_up");
 
   p = down.product(tokens, tiles_of(3).parts, data<float>(*added_out));
-  p.rows = activated;
-  p.maxima = activated_maxima;
-  p.maxima_count = blocks;
+  ELASTIC_RUN(give_rows(down, p, activated, activated_maxima, blocks), "packing for down");
   ELASTIC_RUN(run_product<false>(down.quantized, p, tiles_of(3), stream, &blocks), "down");
   return ffi::Error::Success();
 }

@@ -137,10 +137,11 @@ def test_it_refuses_to_be_traced_for_the_cpu():
 
 
 def test_the_default_falls_back_where_sizes_do_not_divide():
-    assert kernels.default_names(MISTRAL_SMALL, "gpu") == ("pallas", "pallas")
-    assert kernels.default_names(MISTRAL_SMALL, "cpu") == ("xla", "xla")
+    assert kernels.default_names(MISTRAL_SMALL, "gpu", "bfloat16") == ("pallas", "pallas", "cuda")
+    assert kernels.default_names(MISTRAL_SMALL, "gpu", "float32") == ("pallas", "pallas", "xla")
+    assert kernels.default_names(MISTRAL_SMALL, "cpu", "bfloat16") == ("xla", "xla", "xla")
     odd = dataclasses.replace(MISTRAL_SMALL, intermediate_size=1000, head_dim=80)
-    assert kernels.default_names(odd, "gpu") == ("xla", "xla")
+    assert kernels.default_names(odd, "gpu", "bfloat16") == ("xla", "xla", "xla")
 
 
 @pytest.mark.gpu
