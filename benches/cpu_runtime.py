@@ -7,6 +7,7 @@ runs on Python 3.11.
 """
 
 import importlib.metadata
+import itertools
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ def transformers_eager(model, threads, new):
         times = []
 
         class Stopwatch(transformers.StoppingCriteria):
-            def __call__(self, input_ids, scores, **_):
+            def __call__(self, input_ids, *_, **__):
                 times.append(time.perf_counter())
                 return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
@@ -52,7 +53,8 @@ def llama_cpp(model, threads, new):
         loaded.reset()  # nothing of the prompt before may be found again
         start = time.perf_counter()
         times = []
-        for _token, _ in zip(loaded.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0), range(new)):
+        generated = loaded.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0)
+        for _ in zip(range(new), generated, strict=False):
             times.append(time.perf_counter() - start)
         return times
 
@@ -136,7 +138,7 @@ def main():
     print(json.dumps({"load_s": time.perf_counter() - start, "versions": versions}), file=answer, flush=True)
     for line in sys.stdin:
         times = run(json.loads(line))
-        steps = [after - before for before, after in zip(times, times[1:])]
+        steps = [after - before for before, after in itertools.pairwise(times)]
         print(json.dumps({"first_s": times[0], "steps_s": steps}), file=answer, flush=True)
 
 
