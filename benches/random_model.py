@@ -4,6 +4,7 @@ They go through the same code as real ones: `abstract_weights` says what a plan 
 the model's are, and only the numbers are drawn.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,18 @@ MISTRAL_SMALL = ModelConfig(
     pad_token_id=11,
 )
 """Mistral-Small-3.1-24B's language model."""
+
+SMALL = dataclasses.replace(
+    MISTRAL_SMALL,
+    hidden_size=256,
+    intermediate_size=512,
+    num_layers=2,
+    vocab_size=1024,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=32,
+)
+"""A tiny one, to check benches on a CPU."""
 
 
 type Draw = Mapping[str, Callable[[Any], Any]]

@@ -40,14 +40,13 @@ SHAPES = ((1, 256), (16, 1024), (1, 4096))
 
 def sizes(layers: int, small: bool) -> tuple[Any, StepConfig]:
     """The model, and what its units are compiled for; `small` ones check this script on a CPU."""
-    from random_model import MISTRAL_SMALL
+    from random_model import MISTRAL_SMALL, SMALL
 
     from elastic_jax.executables import default_step_config
 
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=layers)
     if small:
-        config = dataclasses.replace(config, hidden_size=256, intermediate_size=512, vocab_size=1024, num_heads=8)
-        config = dataclasses.replace(config, num_kv_heads=2, head_dim=32)
+        config = dataclasses.replace(SMALL, num_layers=layers)
         step = default_step_config(config, "cpu", "bfloat16", kv_slots=32768, max_context=8192)
         return config, dataclasses.replace(step, buckets=(Bucket(1, 0), Bucket(16, 0), Bucket(0, PROMPT)))
     return config, default_step_config(config, "gpu", "bfloat16", kv_slots=131072, max_context=131072)

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from elastic_jax.cli_bench import bench
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
@@ -246,6 +247,12 @@ def info(
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 app.command()(generate)
+
+
+# -- bench -------------------------------------------------------------------------------------------------------------
+
+# What follows the bench's name is passed on, options too.
+app.command(context_settings={"allow_interspersed_args": False})(bench)
 
 
 # -- push --------------------------------------------------------------------------------------------------------------
