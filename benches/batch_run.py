@@ -101,7 +101,7 @@ class _DryRunner(Runner):
         del sampling, top
         self.buckets.add(bucket)
         n = len(inputs.out_index)
-        return StepOutputs(np.zeros(n, np.int32), np.zeros(n), None, None, np.ones(n, bool), None)
+        return StepOutputs(np.zeros(n, np.int32), np.zeros(n), np.ones(n, bool), None)
 
 
 class _Nothing:

@@ -20,6 +20,7 @@ from aot_cache.unit import Unit
 from elastic_jax.config import ModelConfig
 from elastic_jax.plan import Plan
 from elastic_jax.step import StepConfig
+from elastic_jax import kernels
 from elastic_jax.units import traced_source_digest
 
 
@@ -69,6 +70,8 @@ def load_units(
     names: Sequence[str], folder: Path, identity: dict[str, Any], device: Any, *, workers: int
 ) -> dict[str, Executable]:
     """Loads units from the stores below `folder`; the bench made them itself, so they are trusted."""
+    if device.platform == "gpu":
+        kernels.prepare_to_load("cuda")
     units: dict[str, Executable] = {}
     for store in _stores(folder):
         properties = {name: record.properties for name, record in read_manifest(store, hint="").units.items()}

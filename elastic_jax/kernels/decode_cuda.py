@@ -282,7 +282,7 @@ def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: 
     chunks = contraction * (1 if quantized else 2) // _CHUNK
     planes = 2 if quantized else 1
     octets = planes * -(-tokens // 8) * min(tokens, 8)
-    sizes = [size for size in _BUILT if size[0] % 2 == 0] if paired else _BUILT
+    sizes = sorted((size for size in _BUILT if size[0] % 2 == 0), key=lambda size: -size[0]) if paired else _BUILT
     for parts in (1, 2, 4, 8, 16):
         if chunks % parts or (whole and parts > 1):
             continue
