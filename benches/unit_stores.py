@@ -17,10 +17,10 @@ from aot_cache.manifest import UnitRecord, read_manifest
 from aot_cache.store import Executable, full_identity, load, verify
 from aot_cache.target import Target
 from aot_cache.unit import Unit
+from elastic_jax import kernels
 from elastic_jax.config import ModelConfig
 from elastic_jax.plan import Plan
 from elastic_jax.step import StepConfig
-from elastic_jax import kernels
 from elastic_jax.units import traced_source_digest
 
 

@@ -123,7 +123,7 @@ class IntegerDot:
     Attributes:
         multiply: (x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1])
             -> float32 [rows, out]: the product of `x * row_scales` and `values * scales`, by integer sums. `blocks`
-            divides `in`, and column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`.
+            divides `in`; column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`.
         multiply_gated: the same, then `swiglu` -> bfloat16 [rows, out / 2].
         quantize_8bit: what the function of that name does.
     """

@@ -59,8 +59,8 @@ def _cuda_decode() -> Decode:
 
 
 DECODE: dict[str, Callable[[], Decode | None]] = {"xla": lambda: None, "cuda": functools.cache(_cuda_decode)}
-"""Steps that only generate, by name: `xla` composes them of attention and dots; `cuda` has kernels for whole layers, for
-NVIDIA GPUs, and leaves the steps to `xla` that have more tokens than it takes."""
+"""Steps that only generate, by name: `xla` composes them of attention and dots; `cuda` has kernels for whole layers,
+for NVIDIA GPUs, and leaves steps of more tokens than it takes to be composed."""
 
 
 def attention(name: str) -> Attention:

@@ -1,9 +1,10 @@
 """Decoder layers and language-model head for a few generated tokens, in CUDA C++ (`cuda/`), for NVIDIA GPUs.
 
-Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits for
-the one before, and the memory idles meanwhile. A layer is therefore one call of eight kernels that overlap: each product
-fetches its first weights while its predecessor still runs (programmatic dependent launch), which neither XLA nor Pallas
-can express. The mathematics is that of `model.Block` with `quantization.dot`; only the order of float additions differs.
+Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits
+for the one before, and the memory idles meanwhile. A layer is therefore one call of eight kernels that overlap: each
+product fetches its first weights while its predecessor still runs (programmatic dependent launch), which neither XLA
+nor Pallas can express. The mathematics is that of `model.Block` with `quantization.dot`; only the order of float
+additions differs.
 
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
 """
@@ -65,7 +66,7 @@ class ProductTiles(NamedTuple):
 
 
 _BUILT = ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (4, 6), (1, 8), (2, 4), (2, 3))
-"""(row_tiles, depth) that the kernels are built for, the usually fastest first; with SwiGLU, `row_tiles` must be even."""
+"""(row_tiles, depth) that the kernels are built for, the usually fastest first; `row_tiles` must be even for SwiGLU."""
 
 
 @functools.cache
@@ -263,7 +264,8 @@ def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: b
         ConfigError: nothing fits into the GPU's shared memory.
     """
     precision = "int8" if isinstance(weight, QArray) else "bf16"
-    measured = _measured_tiles().get((capability, precision, *weight.shape), {})
+    out, contraction = weight.shape
+    measured = _measured_tiles().get((capability, precision, out, contraction), {})
     bound = min((bound for bound in measured if bound >= tokens), default=None)
     fitting = list(_fitting(capability, weight, tokens, paired=paired, whole=whole))
     if bound is not None and measured[bound] in fitting:

@@ -76,8 +76,7 @@ def multiply(
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
             divide into its tiles.
     """
-    tiles = choose_tiles(compute_capability(_NAME, _INSTEAD), x.shape[0], *values.shape, row_scales.shape[1])
-    return run(x, row_scales, values, scales, tiles, gated=False, interpret=False)
+    return run(x, row_scales, values, scales, _tiles_here(x, row_scales, values), gated=False, interpret=False)
 
 
 def multiply_gated(
@@ -91,8 +90,14 @@ def multiply_gated(
     Raises:
         ConfigError: as `multiply`.
     """
-    tiles = choose_tiles(compute_capability(_NAME, _INSTEAD), x.shape[0], *values.shape, row_scales.shape[1])
-    return run(x, row_scales, values, scales, dataclasses.replace(tiles, splits=1), gated=True, interpret=False)
+    tiles = dataclasses.replace(_tiles_here(x, row_scales, values), splits=1)
+    return run(x, row_scales, values, scales, tiles, gated=True, interpret=False)
+
+
+def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:
+    out, contraction = values.shape
+    capability = compute_capability(_NAME, _INSTEAD)
+    return choose_tiles(capability, x.shape[0], out, contraction, row_scales.shape[1])
 
 
 # Jitted, so that a model's layers trace and lower the kernel once.

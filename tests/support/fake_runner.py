@@ -4,9 +4,8 @@ It knows a sequence only by what is written to the slots that the step names: a 
 a wrong token.
 """
 
-from typing import Any
-
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
