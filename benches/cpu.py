@@ -195,7 +195,8 @@ def main() -> None:
     models = prepare(arguments.peers)
     absent = sorted({"ours-S", "ours-XL", *PEERS} - models.keys())
     for name in absent:
-        print(f"{name} is left out: no environment {python_of(arguments.peers, PEERS[name])}; see --install")
+        needs = "its environment" if name in ("transformers", "llama.cpp") else "its environment, or llama.cpp's"
+        print(f"{name} is left out: {needs} is not whole below {arguments.peers}; see --install")
     names = arguments.runtimes or list(models)
     workers = [
         Worker(

@@ -160,8 +160,8 @@ def cpu(result: Mapping[str, Any]) -> str:
     ]
     return (
         f"### On a CPU\n\nSmolLM2-135M-Instruct, {result['prompt']} prompt and {result['new_tokens']} new tokens, "
-        f"greedy, {result['repeats']} repeats in turn; ratios are medians within a repeat ({where(result)}; `benches/cpu.py`). "
-        f"The plan of S is provisional.\n\n"
+        f"greedy, {result['repeats']} repeats in turn; ratios are medians within a repeat ({where(result)}; "
+        "`benches/cpu.py`). The plan of S is provisional.\n\n"
         + table(["runtime", "prompt tok/s", "decode tok/s", "S / it, prompt", "S / it, decode"], rows)
     )
 
