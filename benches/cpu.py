@@ -47,10 +47,15 @@ def python_of(peers: Path, environment: str) -> Path:
     return peers / environment / "bin" / "python"
 
 
+def installed(peers: Path, environment: str) -> bool:
+    """Whether an environment is whole; the mark comes last."""
+    return (peers / environment / "installed").exists()
+
+
 def install(peers: Path, python: str) -> None:
     """Makes the environments that are missing; says which cannot be made, and goes on."""
     for name, packages in ENVIRONMENTS.items():
-        if python_of(peers, name).exists():
+        if installed(peers, name):
             continue
         for command in (
             [python, "-m", "venv", peers / name],
@@ -59,6 +64,8 @@ def install(peers: Path, python: str) -> None:
             if subprocess.run(list(map(str, command)), check=False).returncode:
                 print(f"{name}: could not be installed; remove {peers / name} and try again", file=sys.stderr)
                 break
+        else:
+            (peers / name / "installed").touch()
 
 
 def prepare(peers: Path) -> dict[str, Path]:
@@ -74,12 +81,12 @@ def prepare(peers: Path) -> dict[str, Path]:
     for mode in ("S", "XL"):  # keeps executables that fit
         _run([sys.executable, "-m", "elastic_jax", "compile", elastic, "--mode", mode])
     found = {"ours-S": elastic, "ours-XL": elastic}
-    if python_of(peers, "transformers").exists():
+    if installed(peers, "transformers"):
         found["transformers"] = folder
-    if not q8.exists() and python_of(peers, "llamacpp").exists():
+    if not q8.exists() and installed(peers, "llamacpp"):
         _make(q8, [python_of(peers, "llamacpp"), "-c", _QUANTIZE, source, q8])
     if q8.exists():
-        found |= {name: q8 for name in ("llama.cpp", "openvino") if python_of(peers, PEERS[name]).exists()}
+        found |= {name: q8 for name in ("llama.cpp", "openvino") if installed(peers, PEERS[name])}
     return found
 
 
@@ -188,7 +195,8 @@ def main() -> None:
     models = prepare(arguments.peers)
     absent = sorted({"ours-S", "ours-XL", *PEERS} - models.keys())
     for name in absent:
-        print(f"{name} is left out: no environment {python_of(arguments.peers, PEERS[name])}; see --install")
+        needs = "its environment" if name in ("transformers", "llama.cpp") else "its environment, or llama.cpp's"
+        print(f"{name} is left out: {needs} is not whole below {arguments.peers}; see --install")
     names = arguments.runtimes or list(models)
     workers = [
         Worker(

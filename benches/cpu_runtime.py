@@ -12,6 +12,9 @@ import json
 import sys
 import time
 
+# This folder is no package; its `kernels.py` would be taken for Hugging Face's package of that name.
+sys.path.pop(0)
+
 
 def transformers_eager(model, threads, new):
     import torch

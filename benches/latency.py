@@ -12,7 +12,7 @@ is begun when --minutes would not suffice. Cells whose keys and values do not fi
 
     python benches/latency.py --modes S --few-buckets --out benches/results/<device>/latency.json
     python benches/latency.py --modes XL --batches 1 8 --contexts 256 1024 --few-buckets --out ...
-    python benches/latency.py --small --out /tmp/latency.json     # a tiny model on a CPU, to check this script
+    python benches/latency.py --small --out FILE     # a tiny model on a CPU, to check this script
 """
 
 import argparse

@@ -10,7 +10,7 @@ criterion that waits for the device, as `generate` does at every step anyway. Fo
 Needs torch and transformers, which this project does not; it imports neither JAX nor elastic_jax.
 
     python benches/peers.py --out benches/results/<device>/latency.json [--minutes 6]
-    python benches/peers.py --small --device cpu --out /tmp/latency.json      # to check this script
+    python benches/peers.py --small --device cpu --out FILE      # to check this script
 """
 
 import argparse
@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from environment import commit, processor
 from latency_rows import (
     PEER_CELLS,
@@ -40,6 +39,11 @@ from latency_rows import (
     row_of,
     write_result,
 )
+
+# This folder is no package; its `kernels.py` would be taken for Hugging Face's package of that name.
+sys.path.pop(0)
+
+import transformers
 
 KINDS = ("transformers-eager", "transformers-compile")
 SHAPE = {

@@ -9,22 +9,15 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_speed
+from readme_speed import table, where
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benches" / "results"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def where(result: dict[str, Any]) -> str:
-    environment = result["environment"]
-    return f"{environment['device']}, {environment['cores']} cores, jax {environment['versions']['jax']}"
 
 
 def fidelity(results: list[dict[str, Any]]) -> str:
@@ -104,24 +97,20 @@ def steps(results: list[dict[str, Any]]) -> str:
 
 def headline(results: list[dict[str, Any]]) -> str:
     """The first thing a reader sees: batch 1 at a context of 256, and the time to start."""
-    speeds = next(result for result in results if result["bench"] == "steps")
-    start = next(result for result in results if result["bench"] == "loading")
-    rows = [row for row in speeds["rows"] if (row["what"], row["batch"], row["context"]) == ("decode", 1, 256)]
-    each_mode = " and ".join(f"{row['tok_s']:.0f} tokens a second in mode {row['mode']}" for row in rows)
+    start = next(result for result in results if result["bench"] in ("startup", "loading"))
+    speeds = next((result for result in results if result["bench"] == "latency"), None)
+    if speeds is not None:
+        found = [row for row in speeds["rows"] if (row["batch"], row["context"]) == (1, 256)]
+        tok_s = {row["mode"]: row["decode_tok_s_per_seq"] for row in found if row["mode"] in ("S", "XL")}
+    else:
+        speeds = next(result for result in results if result["bench"] == "steps")
+        found = [row for row in speeds["rows"] if (row["what"], row["batch"], row["context"]) == ("decode", 1, 256)]
+        tok_s = {row["mode"]: row["tok_s"] for row in found}
+    each_mode = " and ".join(f"{value:.0f} tokens a second in mode {mode}" for mode, value in tok_s.items())
     seconds = max(row["process_to_token_s"] for row in start["rows"])
     return (
         f"On one {speeds['environment']['device']}, Mistral-Small-3.1-24B's shape generates {each_mode}, and a new "
         f"process gives its first token in mode {start['mode']} after {seconds:.0f} s ([how](#measured))."
-    )
-
-
-def loading(result: dict[str, Any]) -> str:
-    seconds = [row["process_to_token_s"] for row in result["rows"]]
-    rate = min(row["weights_gb_per_s"] for row in result["rows"])
-    return (
-        f"Mode {result['mode']}, {result['weights_gb']:.1f} GB of weights in the page cache: from the start of the "
-        f"process to the first token {min(seconds):.1f} to {max(seconds):.1f} s in {len(seconds)} runs, weights read "
-        f"at {rate:.1f} GB/s or more ({where(result)}; `benches/loading.py`)."
     )
 
 
@@ -140,10 +129,14 @@ def greedy(result: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Which results a section shows, as patterns below `benches/results`, and how."""
+    """Which results a section shows, as patterns below `benches/results`, and how.
+
+    An optional section is empty while its first pattern finds nothing.
+    """
 
     files: tuple[str, ...]
     render: Callable[[list[dict[str, Any]]], str]
+    optional: bool = False
 
 
 def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, Any]]], str]:
@@ -151,33 +144,56 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
     return lambda results: "\n\n".join(render(result) for result in results)
 
 
+def latencies(results: list[dict[str, Any]]) -> str:
+    """Each device's table, with the distances measured on the same device."""
+    fidelities = {r["environment"]["device"]: r for r in results if r["bench"] != "latency"}
+    tables = [result for result in results if result["bench"] == "latency"]
+    return "\n\n".join(readme_speed.latency(r, fidelities.get(r["environment"]["device"])) for r in tables)
+
+
 SECTIONS = {
-    "headline": Section(("*/steps.json", "*/loading.json"), headline),
+    "headline": Section(("*/latency.json", "*/steps.json", "*/startup.json"), headline),
+    "latency": Section(("*/latency.json", "nvidia-*/fidelity.json"), latencies, optional=True),
+    "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
+    "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
     "fidelity": Section(("cpu-*/fidelity.json", "nvidia-*/fidelity.json"), fidelity),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),
     "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),
-    "loading": Section(("*/loading.json",), each(loading)),
+    "startup": Section(("*/startup.json",), each(readme_speed.startup)),
     "greedy": Section(("nvidia-*/greedy.json",), each(greedy)),
 }
 
 
-def rendered(text: str) -> str:
+def rendered(text: str, folder: Path = RESULTS) -> str:
     """README's text with every section replaced by what the results say.
 
     Raises:
-        ValueError: a result has no section, or a section no result.
+        ValueError: a result has no section, or a section that must have one has no result.
     """
     for name, section in SECTIONS.items():
-        files = [file for pattern in section.files for file in sorted(RESULTS.glob(pattern))]
-        if not files:
+        files = [file for pattern in section.files for file in sorted(folder.glob(pattern))]
+        missing = not any(folder.glob(section.files[0])) if section.optional else not files
+        if missing and not section.optional:
             raise ValueError(f"no result {section.files} for README's section {name}")
-        body = section.render([json.loads(file.read_text()) for file in files])
+        body = "" if missing else section.render([json.loads(file.read_text()) for file in files])
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
+        inside = f"\n{body}\n\n" if body else "\n"
+        text, count = pattern.subn(lambda match, inside=inside: f"{match[1]}{inside}{match[2]}", text)
         if count != 1:
             raise ValueError(f"README.md has {count} sections <!-- {name} -->, expected one")
     return text
+
+
+def outdated_plots(folder: Path = RESULTS, root: Path = ROOT) -> list[tuple[Path, dict[str, Any]]]:
+    """The plots that are missing, or drawn from other results, and what to draw them from."""
+    found = []
+    for file in sorted(folder.glob("*/latency.json")):
+        result = json.loads(file.read_text())
+        path = root / readme_speed.plot_name(result)
+        if not path.exists() or readme_speed.plot_digest(result) not in path.read_text("utf-8"):
+            found.append((path, result))
+    return found
 
 
 def main() -> None:
@@ -187,8 +203,12 @@ def main() -> None:
     readme = ROOT / "README.md"
     before = readme.read_text("utf-8")
     after = rendered(before)
-    if arguments.check and before != after:
-        sys.exit("README.md differs from the results: run `python benches/readme.py`")
+    plots = outdated_plots()
+    if arguments.check and (before != after or plots):
+        names = ["README.md"] * (before != after) + [str(path.relative_to(ROOT)) for path, _ in plots]
+        sys.exit(f"{', '.join(names)}: not what the results say; run `python benches/readme.py`")
+    for path, result in plots:
+        readme_speed.plot(result, path)
     readme.write_text(after, "utf-8")
 
 

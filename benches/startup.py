@@ -156,6 +156,7 @@ def all_units_child(folder: Path, mode: str) -> None:
 
     counter = CompileCounter()
     forbid_compilation()
+    sys.path.pop(0)  # this folder, whose `kernels.py` libraries would take for Hugging Face's package of that name
     from elastic_jax.elastic import ElasticMistral
 
     model = ElasticMistral.load(folder, mode)

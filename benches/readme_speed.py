@@ -1,0 +1,207 @@
+"""README's tables of speed, from `latency.json`, `startup.json`, `kernels.json` and `cpu.json`, and the plot's data."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PROVISIONAL = "\\*"
+"""Marks modes whose plan no search has found."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(result: Mapping[str, Any]) -> str:
+    environment = result["environment"]
+    jax = environment["versions"].get("jax")
+    return f"{environment['device']}, {environment['cores']} cores" + (f", jax {jax}" if jax else "")
+
+
+def _mode(row: Mapping[str, Any]) -> str:
+    return row["mode"] + (PROVISIONAL if row["provisional"] else "")
+
+
+def plot_name(result: Mapping[str, Any]) -> str:
+    device = "-".join(result["environment"]["device"].lower().split())
+    return f"docs/latency-{device}.svg"
+
+
+def plot_digest(result: Mapping[str, Any]) -> str:
+    """What a plot was drawn from; it is written into the plot, so that an outdated one is found."""
+    shown = ("mode", "batch", "context", "decode_tok_s_per_seq", "read_tb_s", "provisional")
+    data = [[row[name] for name in shown] for row in result["rows"]], result["limit_tb_s"]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def limit_tok_s(row: Mapping[str, Any], limit_tb_s: float) -> float:
+    """Tokens a second of a sequence if the step read at the device's limit."""
+    return row["decode_tok_s_per_seq"] * limit_tb_s / row["read_tb_s"]
+
+
+def latency(result: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> str:
+    rows = [
+        [
+            _mode(row),
+            f"{row['batch']} x {row['context']}",
+            f"{row['decode_tok_s_per_seq']:.1f}",
+            f"{row['decode_tok_s_total']:.0f}",
+            f"{row['ttft_ms']:.1f}",
+            f"{row['tpot_ms_p50']:.2f} / {row['tpot_ms_p99']:.2f}",
+            f"{row['read_tb_s']:.2f}",
+            f"{100 * row['fraction_of_limit']:.0f} %",
+            f"{row['prefill_top_s']:.0f}",
+            f"{row['peak_gib']:.1f}",
+            "" if row["busy_fraction"] is None else f"{100 * row['busy_fraction']:.1f} %",
+            str(row["compile_events"]),
+        ]
+        for row in result["rows"]
+    ]
+    head = ["mode", "batch x context", "tok/s per sequence", "tok/s in all", "TTFT, ms", "TPOT p50 / p99, ms"]
+    head += ["TB/s read", "of the limit", "prompt TOP/s", "peak GiB", "busy", "compile events"]
+    lines = [
+        "### Latency",
+        f"{result['model']} with random weights on one {where(result)}; 100 new tokens, medians of "
+        f"{min(row['repeats'] for row in result['rows'])} runs or more after 2 warm-ups, other prompts every time "
+        f"(`benches/latency.py`, `benches/peers.py`; `benches/latency_rows.py` has every formula). "
+        "tok/s per sequence = (new tokens - 1) / (time of all - time of the first). The limit is "
+        f"{result['limit_tb_s']:.2f} TB/s of reading.",
+        table(head, rows),
+        f"![tok/s against context]({plot_name(result)})",
+    ]
+    if any(row["provisional"] for row in result["rows"]):
+        lines.insert(3, f"{PROVISIONAL} The plan is provisional: no search has found it.")
+    peers = _against_peers(result["rows"])
+    lines += [peers] if peers else []
+    apart = [mode for mode, anchor in result["anchors"].items() if not anchor["within_2_percent"]]
+    if apart:
+        lines.append(f"The anchor 1 x 256 differed by more than 2 % among the commands of: {', '.join(apart)}.")
+    if fidelity is not None:
+        lines.append(_kl(fidelity))
+    left = [line for run in result["runs"] for line in run["skipped"] if "KV slots" in line]
+    lines += [f"Left out, since it does not fit: {line}." for line in dict.fromkeys(left)]
+    return "\n\n".join(lines)
+
+
+def _against_peers(rows: Sequence[Mapping[str, Any]]) -> str:
+    speeds = {(row["mode"], row["batch"], row["context"]): row["decode_tok_s_per_seq"] for row in rows}
+    told = [
+        f"{mode} {ours / theirs:.2f} times {peer} at {batch} x {context}"
+        for (peer, batch, context), theirs in speeds.items()
+        if peer.startswith("transformers")
+        for mode in ("S", "XL")
+        if (ours := speeds.get((mode, batch, context))) is not None
+    ]
+    return f"Tokens a second of a sequence: {'; '.join(told)}." if told else ""
+
+
+def _kl(fidelity: Mapping[str, Any]) -> str:
+    kl = {row["mode"]: [] for row in fidelity["rows"] if row["dtype"] != "float32"}
+    for row in fidelity["rows"]:
+        if row["dtype"] != "float32":
+            kl[row["mode"]].append(f"{row['kl']:.4f} ({row['role']} tokens)")
+    told = "; ".join(f"{mode} {', '.join(values)}" for mode, values in kl.items())
+    return f"KL in nats of the same steps to float32, SmolLM2-135M-Instruct on the same device: {told}."
+
+
+def startup(result: Mapping[str, Any]) -> str:
+    """Also of results from before the bench was called so."""
+    seconds = [row["process_to_token_s"] for row in result["rows"]]
+    rate = min(row["weights_gb_per_s"] for row in result["rows"])
+    text = (
+        f"Mode {result['mode']}, {result['weights_gb']:.1f} GB of weights in the page cache: from the start of the "
+        f"process to the first token {min(seconds):.1f} to {max(seconds):.1f} s in {len(seconds)} runs, weights read "
+        f"at {rate:.1f} GB/s or more ({where(result)}; `benches/startup.py`)."
+    )
+    opened = [row for row in result["rows"] if "all_units_s" in row]
+    if opened:
+        units = max(row["all_units_s"] for row in opened)
+        step = max(row["first_step_s"] for row in opened)
+        text += (
+            f" All {opened[0]['units']} executables are open after {units:.1f} s, the first step takes {step:.2f} s."
+        )
+    return text
+
+
+def kernels(result: Mapping[str, Any]) -> str:
+    limits = result["limits"]
+    rows = [
+        [
+            f"{row['kernel']}, {row['implementation']}",
+            row["work"],
+            f"{row['us']:.1f}",
+            f"{row['read_tb_s']:.2f}",
+            f"{row['top_s']:.0f}",
+            f"{100 * row['fraction_of_limit']:.0f} % of {row['bound']}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        f"### Kernels\n\n{where(result)}; limits measured in the same run: {limits['read_tb_s']:.2f} TB/s of reading, "
+        f"{limits['int8_top_s']:.0f} TOP/s in int8, {limits['bf16_top_s']:.0f} in bf16 (`benches/kernels.py`):\n\n"
+        + table(["kernel", "work", "µs", "TB/s", "TOP/s", "of the limit"], rows)
+    )
+
+
+def cpu(result: Mapping[str, Any]) -> str:
+    """`S / it` are medians of ratios within a repeat."""
+    rows = [
+        [
+            row["runtime"],
+            f"{row['prefill_tok_s']:.0f}",
+            f"{row['decode_tok_s']:.1f}",
+            "" if row["runtime"] == "ours-S" else f"{row['S_prefill_to_it']:.2f}",
+            "" if row["runtime"] == "ours-S" else f"{row['S_decode_to_it']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        f"### On a CPU\n\nSmolLM2-135M-Instruct, {result['prompt']} prompt and {result['new_tokens']} new tokens, "
+        f"greedy, {result['repeats']} repeats in turn; ratios are medians within a repeat ({where(result)}; "
+        "`benches/cpu.py`). The plan of S is provisional.\n\n"
+        + table(["runtime", "prompt tok/s", "decode tok/s", "S / it, prompt", "S / it, decode"], rows)
+    )
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draws tok/s against context, a panel for each batch, with each mode's limit as a line."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams.update({"svg.hashsalt": "latency", "svg.fonttype": "none", "font.size": 8})
+    batches = sorted({row["batch"] for row in result["rows"]})
+    figure, axes = plt.subplots(1, len(batches), figsize=(2.6 * len(batches) + 0.6, 2.9), squeeze=False, sharey=True)
+    modes = list(dict.fromkeys(row["mode"] for row in result["rows"]))
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for number, mode in enumerate(modes):
+            rows = [row for row in result["rows"] if (row["mode"], row["batch"]) == (mode, batch)]
+            if not rows:
+                continue
+            contexts, color = [row["context"] for row in rows], f"C{number}"
+            name = mode + (" (provisional plan)" if rows[0]["provisional"] else "")
+            speeds = [row["decode_tok_s_per_seq"] for row in rows]
+            axis.plot(contexts, speeds, "o-", color=color, label=name, markersize=3)
+            if not mode.startswith("transformers"):
+                limits = [limit_tok_s(row, result["limit_tb_s"]) for row in rows]
+                axis.plot(contexts, limits, "_:", color=color, label=f"{mode}, limit of reading")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["context"] for row in result["rows"]}))
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("context")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("tok/s per sequence")
+    handles: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.06 * (1 + len(handles) // 4), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Description": plot_digest(result)})
+    plt.close(figure)

@@ -1,0 +1,107 @@
+import json
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import readme
+import readme_speed
+from latency_rows import Cell, Run, Sizes, merged, row_of, write_result
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    rows = []
+    for mode, step in (("S", 0.006), ("XL", 0.011), ("transformers-compile", 0.016)):
+        for cell in (Cell(1, 256), Cell(1, 4096), Cell(16, 1024)):
+            run = Run((0.05,) * cell.batch, (step,) * 99, float(cell.batch * cell.context))
+            row = row_of(mode, cell, [run] * 3, Sizes(23 * 10**9, 163840, 22 * 10**9, 4.47))
+            more = {"peak_gib": 40.0, "compile_events": 0, "provisional": mode == "S"}
+            rows.append({**row, **more, "busy_fraction": None if "-" in mode else 0.99})
+    run = {"id": "1", "model": "A shape", "limit_tb_s": 4.47, "anchors": {"S": [100.0, 101.0]}, "skipped": []}
+    environment = {"device": "NVIDIA X1", "cores": 16, "versions": {"jax": "0"}}
+    return merged(None, environment, run | changes, rows)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The committed results, and a latency table."""
+    results = tmp_path / "results"
+    for file in readme.RESULTS.glob("*/*.json"):
+        (results / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (results / file.parent.name / file.name).write_bytes(file.read_bytes())
+    write_result(results / "nvidia-x1" / "latency.json", result())
+    return results
+
+
+def test_committed_results_are_what_the_readme_says():
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    assert readme.rendered(text) == text
+    assert readme.outdated_plots() == []
+
+
+def test_a_latency_table_fills_its_section_and_the_headline(folder: Path):
+    text = readme.rendered((REPOSITORY / "README.md").read_text("utf-8"), folder)
+    assert "On one NVIDIA X1, " in text
+    assert "167 tokens a second in mode S and 91 tokens a second in mode XL" in text
+    assert "| S\\* | 1 x 256 | 166.7 | 167 |" in text
+    assert "The plan is provisional" in text
+    assert "S 2.67 times transformers-compile at 1 x 256" in text
+    assert "(docs/latency-nvidia-x1.svg)" in text
+    assert readme.rendered(text, folder) == text  # nothing grows when it is run again
+
+
+def test_without_a_result_an_optional_section_is_empty(folder: Path):
+    (folder / "nvidia-x1" / "latency.json").unlink()
+    for file in folder.glob("*/latency.json"):
+        file.unlink()
+    text = readme.rendered((REPOSITORY / "README.md").read_text("utf-8"), folder)
+    assert "<!-- latency -->\n\n<!-- /latency -->" in text
+    assert "TTFT" not in text
+
+
+def test_a_section_that_must_have_a_result_says_which_is_missing(folder: Path):
+    for file in folder.glob("*/context.json"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"context\.json.*README's section context"):
+        readme.rendered((REPOSITORY / "README.md").read_text("utf-8"), folder)
+
+
+def test_anchors_apart_and_what_does_not_fit_are_told():
+    text = readme_speed.latency(
+        result(anchors={"S": [100.0, 103.0]}, skipped=["XL 64x4096: 9 KV slots, 8 fit", "S 1x1: --minutes"]), None
+    )
+    assert "differed by more than 2 % among the commands of: S." in text
+    assert "does not fit: XL 64x4096: 9 KV slots, 8 fit." in text
+    assert "--minutes" not in text
+
+
+def test_kl_of_the_same_device_stands_beside_the_table():
+    fidelity = {"rows": [{"mode": "S", "dtype": "bfloat16", "role": "prompt", "kl": 0.0351}]}
+    assert "S 0.0351 (prompt tokens)" in readme_speed.latency(result(), fidelity)
+
+
+def test_the_limit_of_a_row_is_its_speed_if_reading_were_all():
+    row = result()["rows"][0]
+    assert readme_speed.limit_tok_s(row, 4.47) == pytest.approx(row["decode_tok_s_per_seq"] / row["fraction_of_limit"])
+
+
+def test_a_plot_is_drawn_and_found_outdated_when_the_result_changes(folder: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    ((path, found),) = [
+        each for each in readme.outdated_plots(folder, tmp_path) if each[0].name == "latency-nvidia-x1.svg"
+    ]
+    readme_speed.plot(found, path)
+    text = path.read_text("utf-8")
+    xml.etree.ElementTree.fromstring(text)
+    assert "S (provisional plan)" in text
+    assert "limit of reading" in text
+    assert path not in [each for each, _ in readme.outdated_plots(folder, tmp_path)]
+    readme_speed.plot(found, path)
+    assert path.read_text("utf-8") == text
+    file = folder / "nvidia-x1" / "latency.json"
+    changed = json.loads(file.read_text())
+    changed["rows"][0]["decode_tok_s_per_seq"] += 1
+    file.write_text(json.dumps(changed))
+    assert path in [each for each, _ in readme.outdated_plots(folder, tmp_path)]
