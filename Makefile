@@ -9,7 +9,7 @@ ELASTIC_JAX_CACHE ?= $(CURDIR)/.cache/elastic-jax
 export ELASTIC_JAX_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu lint format sync clean
+.PHONY: help demo test test-all test-gpu lint format kernels sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: .venv/.synced ## check lint, format, types, and that README shows the comm
 format: .venv/.synced ## mend lint and format where a machine can
 	@$(RUN) ruff check --fix
 	@$(RUN) ruff format
+
+kernels: .venv/.synced ## build the CUDA kernels again (needs nvcc of CUDA 13, and no GPU)
+	@PYTHON=$(CURDIR)/.venv/bin/python bash elastic_jax/kernels/cuda/build.sh
 
 sync: .venv/.synced ## install the locked packages into .venv
 

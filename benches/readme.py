@@ -108,9 +108,11 @@ def headline(results: list[dict[str, Any]]) -> str:
         tok_s = {row["mode"]: row["tok_s"] for row in found}
     each_mode = " and ".join(f"{value:.0f} tokens a second in mode {mode}" for mode, value in tok_s.items())
     seconds = max(row["process_to_token_s"] for row in start["rows"])
+    devices = [result["environment"]["device"] for result in (speeds, start)]
+    where_started = "a new process" if devices[0] == devices[1] else f"on one {devices[1]} a new process"
     return (
-        f"On one {speeds['environment']['device']}, Mistral-Small-3.1-24B's shape generates {each_mode}, and a new "
-        f"process gives its first token in mode {start['mode']} after {seconds:.0f} s ([how](#measured))."
+        f"On one {devices[0]}, Mistral-Small-3.1-24B's shape generates {each_mode}, and {where_started} "
+        f"gives its first token in mode {start['mode']} after {seconds:.0f} s ([how](#measured))."
     )
 
 

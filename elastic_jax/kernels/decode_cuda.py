@@ -36,7 +36,6 @@ _INSTEAD = "use the one called 'xla' instead"
 MOST_TOKENS = 16
 """Generated tokens of a step at most: beyond, activations no longer fit beside the weights in flight."""
 
-_LIBRARY = "libelastic_decode.so"
 _TARGETS = {"elastic_decode_layer": "ElasticDecodeLayer", "elastic_decode_head": "ElasticDecodeHead"}
 _HEADS = {(64, 1), (64, 3), (64, 4), (128, 1), (128, 4)}
 """(head's size, query heads a key-value head) that the attention is built for."""
@@ -69,6 +68,11 @@ _BUILT = ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (4, 6), (1, 8), (2, 4), (2, 3
 """(row_tiles, depth) that the kernels are built for, the usually fastest first; `row_tiles` must be even for SwiGLU."""
 
 
+def library_path() -> Path:
+    """The library of kernels, which `cuda/build.sh` builds."""
+    return Path(str(resources.files(__package__))) / "cuda" / "libelastic_decode.so"
+
+
 @functools.cache
 def register() -> None:
     """Makes the kernels known to XLA; needed before a program with them is compiled or loaded. Needs no GPU.
@@ -76,7 +80,7 @@ def register() -> None:
     Raises:
         ConfigError: the library cannot be loaded on this machine.
     """
-    path = Path(str(resources.files(__package__))) / "cuda" / _LIBRARY
+    path = library_path()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -331,6 +331,9 @@ using Buffer = ffi::AnyBuffer;
 
 #pragma GCC visibility push(default)
 
+// sha256 of the sources that this library was built from (build.sh).
+extern "C" const char ElasticDecodeSources[] = ELASTIC_SOURCES;
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticDecodeLayer, elastic::decode_layer,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()

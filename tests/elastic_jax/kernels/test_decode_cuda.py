@@ -1,0 +1,112 @@
+"""What needs no GPU: sizes, the committed library, and what is refused. `benches/decode.py` checks the results on one."""
+
+import ctypes
+import dataclasses
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import MISTRAL_SMALL
+
+from elastic_jax import kernels
+from elastic_jax.errors import ConfigError
+from elastic_jax.groups import model_groups
+from elastic_jax.kernels import decode_cuda
+from elastic_jax.plan import provisional_plans
+from elastic_jax.weights import abstract_weights
+
+SHARED = {90: 232448, 80: 166912, 89: 101376}
+"""Bytes of shared memory a block may have (CUDA programming guide)."""
+
+
+def weight_of(mode, group):
+    config = dataclasses.replace(MISTRAL_SMALL, num_layers=1)
+    return abstract_weights(config, provisional_plans(config)[mode], "bfloat16")[group]
+
+
+def needed(weight, tokens, tiles):
+    """Shared memory by the layout in products.cuh: ring, sums, scales, packed activations."""
+    ring = 16 * tiles.depth * tiles.row_tiles * 8 * 64
+    sums = 16 * tiles.row_tiles * 8 * tokens * 4
+    octet = min(tokens, 8)
+    padded = octet * -(-tokens // octet) if tokens > 8 else octet
+    return ring + sums + 128 + 2 * padded * weight.shape[1] // tiles.parts
+
+
+@pytest.mark.parametrize("mode", ["S", "XL"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 16])
+def test_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens):
+    for name in ("layers.0.qkv", "layers.0.o", "layers.0.gate_up", "layers.0.down"):
+        weight = weight_of(mode, name)
+        paired = name.endswith("gate_up")
+        tiles = decode_cuda._choose(90, weight, tokens, paired=paired, whole=paired)
+        assert needed(weight, tokens, tiles) <= SHARED[90]
+        assert weight.shape[0] % (8 * tiles.row_tiles) == 0
+        assert weight.shape[1] % (64 * tiles.parts) == 0
+        assert not paired or (tiles.row_tiles % 2 == 0 and tiles.parts == 1)
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_smaller_gpus_take_fewer_tokens(capability):
+    weight = weight_of("S", "layers.0.gate_up")
+    fitting = [n for n in range(1, 17) if list(decode_cuda._fitting(capability, weight, n, paired=True, whole=True))]
+    assert fitting == list(range(1, len(fitting) + 1))
+    assert 1 <= len(fitting) < 16
+    for tokens in fitting:
+        for tiles in decode_cuda._fitting(capability, weight, tokens, paired=True, whole=True):
+            assert needed(weight, tokens, tiles) <= SHARED[capability]
+    with pytest.raises(ConfigError, match="no tiles"):
+        decode_cuda._choose(capability, weight, 16, paired=True, whole=True)
+
+
+def test_measured_tiles_are_for_weights_of_mistral_small():
+    shapes = {(group.out_size, group.in_size) for group in model_groups(MISTRAL_SMALL).values()}
+    table = decode_cuda._measured_tiles()
+    assert table
+    for _, precision, *shape in table:
+        assert precision in ("int8", "bf16")
+        assert tuple(shape) in shapes
+
+
+def test_scratch_memory_follows_the_kernels_order():
+    config = MISTRAL_SMALL
+    tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
+    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 4 * 5120, 4 * 32768, 1024]
+    expected = sum(-(-size // 256) * 256 for size in sizes)
+    assert decode_cuda._scratch_bytes(config, 1, 16, tiles) == expected
+
+
+def test_the_committed_library_is_built_from_the_committed_sources():
+    folder = decode_cuda.library_path().parent
+    digest = hashlib.sha256()
+    for name in ("decode.cu", "activations.cuh", "attention.cuh", "products.cuh"):
+        digest.update((folder / name).read_bytes())
+    stored = (ctypes.c_char * 64).in_dll(ctypes.CDLL(str(decode_cuda.library_path())), "ElasticDecodeSources")
+    assert stored.value.decode() == digest.hexdigest(), "run elastic_jax/kernels/cuda/build.sh (or make kernels)"
+
+
+def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
+    broken = tmp_path / "libelastic_decode.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(decode_cuda, "library_path", lambda: broken)
+    decode_cuda.register.cache_clear()
+    try:
+        with pytest.raises(ConfigError, match=str(broken)):
+            decode_cuda.register()
+    finally:
+        decode_cuda.register.cache_clear()
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 96}, {"num_heads": 24}, {"intermediate_size": 1000}])
+def test_models_that_the_kernels_are_not_made_for(change):
+    config = dataclasses.replace(MISTRAL_SMALL, **change)
+    with pytest.raises(ConfigError, match="the decode called 'cuda'"):
+        decode_cuda.check_model(config)
+    assert kernels.default_names(config, "gpu", "bfloat16")[2] == "xla"
+
+
+def test_other_devices_are_refused():
+    weight = weight_of("S", "lm_head")
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        jax.eval_shape(lambda: decode_cuda.takes_head(weight, 1) and jnp.zeros(1))
