@@ -272,7 +272,7 @@ class ElasticForCausalLM:
         def go() -> list[generating.Row]:
             on_token = None if streamer is None else show
             delivery, tokenizer = self.elastic.delivery, self.elastic.tokenizer
-            return generating.run(delivery, tokenizer, prompts, wanted, config.vocab_size, on_token)
+            return generating.run(delivery, tokenizer, prompts, wanted, config.vocab_size, on_token=on_token)
 
         if streamer is None:
             rows = go()

@@ -93,7 +93,9 @@ def run(
     prompts: Sequence[tuple[int, ...]],
     settings: GenerationSettings,
     vocab: int,
-    on_token: Callable[[int], None] | None,
+    *,
+    first: int = 0,
+    on_token: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """Continues prompts.
 
@@ -103,6 +105,7 @@ def run(
         prompts: tokens without padding.
         settings: what is wanted.
         vocab: size of the vocabulary.
+        first: number of the first prompt, for its seed.
         on_token: is told every token, of a single answer.
 
     Returns:
@@ -117,7 +120,7 @@ def run(
         GenerateRequest(
             prompt,
             settings.max_new_tokens,
-            _own_seed(settings, index),
+            _own_seed(settings, first + index),
             frozenset(settings.end_tokens),
             settings.choices,
             grammar,
@@ -191,14 +194,19 @@ def _stopped(rows: dict[tuple[int, int], Row], settings: GenerationSettings) -> 
     return [key for key, row in going.items() if len(row.tokens) >= longest]
 
 
-def assemble(
-    ids: Integer[np.ndarray, "batch width"], rows: Sequence[Row], settings: GenerationSettings
-) -> Integer[np.ndarray, "rows tokens"]:
-    """Prompts and answers as one array, what follows an end filled with the padding token."""
+def cut(rows: Sequence[Row], settings: GenerationSettings) -> None:
+    """Takes away what rows generated while the last of them waited for its stop string."""
     if not settings.end_tokens and all(row.ended_at is not None for row in rows):
         longest = max(row.ended_at or 0 for row in rows)
         for row in rows:
             del row.tokens[longest:], row.scores[longest:], row.logits[longest:]
+
+
+def assemble(
+    ids: Integer[np.ndarray, "batch width"], rows: Sequence[Row], settings: GenerationSettings
+) -> Integer[np.ndarray, "rows tokens"]:
+    """Prompts and answers as one array, what follows an end filled with the padding token."""
+    cut(rows, settings)
     longest = max(len(row.tokens) for row in rows)
     out = np.full((len(rows), ids.shape[1] + longest), settings.pad_token or 0, ids.dtype)
     out[:, : ids.shape[1]] = np.repeat(ids, settings.choices, axis=0)

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CompiledTiny
 
-from elastic_jax.transformers import AutoModelForCausalLM, ElasticForCausalLM
+from elastic_jax.transformers import ElasticForCausalLM
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 REFERENCE = json.loads((FIXTURES / "dropin_reference.json").read_text("utf-8"))["models"]
@@ -21,19 +20,6 @@ STOPS = [(name, index) for name in REFERENCE for index in range(len(REFERENCE[na
 @pytest.fixture(scope="module")
 def arrays() -> Any:
     return np.load(FIXTURES / "dropin_reference.npz")
-
-
-@pytest.fixture(scope="module")
-def model_of(compiled_tiny: Callable[..., CompiledTiny]) -> Callable[[str], ElasticForCausalLM]:
-    models: dict[str, ElasticForCausalLM] = {}
-
-    def load(name: str) -> ElasticForCausalLM:
-        if name not in models:
-            path = compiled_tiny("XL", "float32", name).checkpoint.path
-            models[name] = AutoModelForCausalLM.from_pretrained(path, mode="XL", dtype="float32", compile="never")
-        return models[name]
-
-    return load
 
 
 def run(model: ElasticForCausalLM, case: dict[str, Any]) -> Any:
