@@ -96,10 +96,8 @@ class ElasticForCausalLM:
         """
         for option, value in others.items():
             if option not in _WITHOUT_EFFECT and value is not None and value is not False:
-                hint = (
-                    ": how precise products are is what mode says" if "load_in" in option or "quant" in option else ""
-                )
-                raise ConfigError(f"from_pretrained: {option}={value!r:.80} is not supported here{hint}")
+                hint = "choose a mode instead" if "load_in" in option or "quant" in option else "leave it out"
+                raise ConfigError(f"from_pretrained: {option}={value!r:.80} is not supported here: {hint}")
         if attn_implementation not in _ATTENTION:
             raise ConfigError(f"attn_implementation must be one of {_ATTENTION[1:]}, found {attn_implementation!r}")
         if dtype is not None and torch_dtype is not None and dtype != torch_dtype:

@@ -239,15 +239,16 @@ def without_padding(
     """
     if mask is None:
         inferred = pad is not None and pad not in ends and bool((ids == pad).any())
-        mask = ids != pad if inferred else np.ones(ids.shape, bool)
-    if mask.shape != ids.shape:
-        raise RequestError(f"attention_mask has shape {list(mask.shape)}, and input_ids {list(ids.shape)}")
-    mask = mask != 0
-    if wrong := [index for index, line in enumerate(mask) if (np.diff(line.astype(np.int8)) < 0).any()]:
+        real: np.ndarray = ids != pad if inferred else np.ones(ids.shape, bool)
+    else:
+        real = np.asarray(mask != 0)
+    if real.shape != ids.shape:
+        raise RequestError(f"attention_mask has shape {list(real.shape)}, and input_ids {list(ids.shape)}")
+    if wrong := [index for index, line in enumerate(real) if (np.diff(line.astype(np.int8)) < 0).any()]:
         raise RequestError(
             f"row {wrong[0]}: padding must be on the left, but the attention mask (or padding tokens) has zeros after "
             "ones; set tokenizer.padding_side = 'left'"
         )
-    if empty := [index for index, line in enumerate(mask) if not line.any()]:
+    if empty := [index for index, line in enumerate(real) if not line.any()]:
         raise RequestError(f"row {empty[0]} is all padding: a prompt needs at least one token")
-    return [tuple(int(token) for token in line[keep]) for line, keep in zip(ids, mask, strict=True)]
+    return [tuple(int(token) for token in line[keep]) for line, keep in zip(ids, real, strict=True)]

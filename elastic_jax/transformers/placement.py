@@ -1,5 +1,6 @@
 """Devices and types as people who come from PyTorch name them."""
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,21 +15,20 @@ _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
 _DTYPES: dict[str, ComputeDtype] = {"bfloat16": "bfloat16", "float32": "float32", "auto": "bfloat16"}
 
 
-class DeviceName(str):
-    """The name of a device, "cpu" or "cuda:0", with the attributes of `torch.device`; used without PyTorch."""
+@dataclasses.dataclass(frozen=True)
+class DeviceName:
+    """What `torch.device` says of a device, without PyTorch; its text is "cpu" or "cuda:0".
 
-    __slots__ = ()
+    Attributes:
+        type: `cpu` or `cuda`.
+        index: number of the GPU.
+    """
 
-    @property
-    def type(self) -> str:
-        """`cpu` or `cuda`."""
-        return self.partition(":")[0]
+    type: str
+    index: int | None
 
-    @property
-    def index(self) -> int | None:
-        """The number after the colon, if there is one."""
-        number = self.partition(":")[2]
-        return int(number) if number else None
+    def __str__(self) -> str:
+        return self.type if self.index is None else f"{self.type}:{self.index}"
 
 
 def compute_dtype(dtype: Any) -> ComputeDtype:
@@ -97,7 +97,7 @@ def _names(devices: list[Any]) -> str:
 
 def device_name(device: Any) -> DeviceName:
     """The name PyTorch gives a device of JAX's."""
-    return DeviceName("cpu" if device.platform == "cpu" else f"cuda:{device.local_hardware_id or 0}")
+    return DeviceName("cpu", None) if device.platform == "cpu" else DeviceName("cuda", device.local_hardware_id or 0)
 
 
 def inputs_device(device: Any) -> Any:
