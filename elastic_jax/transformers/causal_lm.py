@@ -12,6 +12,7 @@ from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.transformers import generating, placement, settings
 from elastic_jax.transformers.arrays import like, to_numpy
+from elastic_jax.transformers.configuration import generation_config, model_config
 from elastic_jax.transformers.outputs import CausalLMOutput, GenerateOutput
 from elastic_jax.transformers.sources import Compile, Say, find_checkpoint
 from elastic_jax.workers import default_workers
@@ -49,7 +50,7 @@ class ElasticForCausalLM:
     def __init__(self, elastic: ElasticMistral, name_or_path: str) -> None:
         self.elastic = elastic
         self.name_or_path = name_or_path
-        self.generation_config = _generation_config(elastic)
+        self.generation_config = generation_config(elastic.checkpoint)
 
     @classmethod
     def from_pretrained(
@@ -128,20 +129,7 @@ class ElasticForCausalLM:
     @functools.cached_property
     def config(self) -> Any:
         """The model's shape as transformers' `MistralConfig`, whatever the family it was published as."""
-        from transformers import MistralConfig
-
-        values = self.elastic.checkpoint.config.to_json()
-        ends = values.pop("eos_token_ids")
-        return MistralConfig(
-            num_attention_heads=values.pop("num_heads"),
-            num_key_value_heads=values.pop("num_kv_heads"),
-            num_hidden_layers=values.pop("num_layers"),
-            rope_parameters={"rope_type": "default", "rope_theta": values.pop("rope_theta")},
-            sliding_window=None,
-            eos_token_id=ends[0] if len(ends) == 1 else ends,
-            name_or_path=self.name_or_path,
-            **values,
-        )
+        return model_config(self.elastic.checkpoint, self.name_or_path)
 
     @property
     def mode(self) -> str:
@@ -194,7 +182,7 @@ class ElasticForCausalLM:
         for place in (*places, device, dtype):
             if place is None:
                 continue
-            if _is_dtype(place):
+            if placement.is_dtype(place):
                 wanted, own = placement.compute_dtype(place), self.elastic.engine.config.dtype
                 if wanted != own:
                     raise ConfigError(f"the model computes in {own}: load it with from_pretrained(dtype={wanted!r})")
@@ -264,20 +252,16 @@ class ElasticForCausalLM:
             )
         back = like(given)
 
-        def show(token: int) -> None:
-            streamer.put(back(np.array([token], ids.dtype)))
-
-        def go() -> list[generating.Row]:
-            on_token = None if streamer is None else show
-            delivery, tokenizer = self.elastic.delivery, self.elastic.tokenizer
-            return generating.run(delivery, tokenizer, prompts, wanted, config.vocab_size, on_token=on_token)
-
+        run = functools.partial(
+            generating.run, self.elastic.delivery, self.elastic.tokenizer, prompts, wanted, config.vocab_size
+        )
         if streamer is None:
-            rows = go()
+            rows = run()
         else:
-            streamer.put(back(ids))
+            put = streamer.put
+            put(back(ids))
             try:
-                rows = go()
+                rows = run(on_token=lambda token: put(back(np.array([token], ids.dtype))))
             finally:
                 streamer.end()  # whoever iterates over it must not wait for ever
         sequences = back(generating.assemble(ids, rows, wanted))
@@ -323,27 +307,12 @@ class ElasticForCausalLM:
         mask = np.ones(ids.shape, bool) if attention_mask is None else to_numpy(attention_mask, "attention_mask")
         prompts = generating.without_padding(ids, mask, pad=None, ends=())
         logits = np.zeros((*ids.shape, self.elastic.checkpoint.config.vocab_size), np.float32)
-        for line, keep, prompt in zip(logits, mask != 0, prompts, strict=True):
-            line[keep] = self.elastic.delivery.prompt_logits(prompt)
+        for index, prompt in enumerate(prompts):
+            logits[index, mask[index] != 0] = self.elastic.delivery.prompt_logits(prompt)
         output = CausalLMOutput(like(input_ids)(logits))
         return output.to_tuple() if return_dict is False else output
 
     forward = __call__
-
-
-def _generation_config(elastic: ElasticMistral) -> Any:
-    """The model's own, or what its configuration says."""
-    from transformers import GenerationConfig
-
-    folder, config = elastic.checkpoint.tokenizer_path, elastic.checkpoint.config
-    if (folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(str(folder))
-    ends = list(config.eos_token_ids)
-    return GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=ends[0] if len(ends) == 1 else ends or None,
-        pad_token_id=config.pad_token_id,
-    )
 
 
 def _either(inputs: Any, input_ids: Any) -> Any:
@@ -362,15 +331,6 @@ def _token_ids(value: Any) -> np.ndarray:
     if not ids.size:
         raise RequestError(f"input_ids are empty: {list(ids.shape)}; give at least one prompt of at least one token")
     return ids.view(np.ndarray)
-
-
-def _is_dtype(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.dtype):
-        return True
-    if isinstance(value, str):
-        return value in ("bfloat16", "float32", "float16")
-    return isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic))
 
 
 def _say(message: str) -> None:

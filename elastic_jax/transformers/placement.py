@@ -54,6 +54,16 @@ def compute_dtype(dtype: Any) -> ComputeDtype:
     return _DTYPES[name]
 
 
+def is_dtype(value: Any) -> bool:
+    """Whether a value names a type of numbers, rather than a device."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.dtype):
+        return True
+    if isinstance(value, str):
+        return value in ("bfloat16", "float32", "float16")
+    return isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic))
+
+
 def find_device(wanted: Any) -> Any:
     """JAX's device for `device_map` or a device's name; None for JAX's own choice.
 
