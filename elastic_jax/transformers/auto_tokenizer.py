@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer as _AutoTokenizer
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from elastic_jax.checkpoint_format import MANIFEST, TOKENIZER
 from elastic_jax.errors import TokenizerError
@@ -102,26 +102,26 @@ class TensorEncoding(BatchEncoding):
         return self
 
 
-class _Tensors:
+class _Tensors(PreTrainedTokenizerBase):
     """Mixed into a tokenizer's class: more kinds of arrays in and out."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return _tensors(super().__call__, arguments, options)  # type: ignore[misc]
+        return _tensors(super().__call__, arguments, options)
 
     def encode(self, *arguments: Any, **options: Any) -> Any:
-        return _tensors(super().encode, arguments, options)  # type: ignore[misc]
+        return _tensors(super().encode, arguments, options)
 
     def pad(self, *arguments: Any, **options: Any) -> Any:
-        return _tensors(super().pad, arguments, options)  # type: ignore[misc]
+        return _tensors(super().pad, arguments, options)
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
-        return _tensors(super().apply_chat_template, arguments, options)  # type: ignore[misc]
+        return _tensors(super().apply_chat_template, arguments, options)
 
     def decode(self, token_ids: Any, *arguments: Any, **options: Any) -> Any:
-        return super().decode(_plain(token_ids), *arguments, **options)  # type: ignore[misc]
+        return super().decode(_plain(token_ids), *arguments, **options)
 
     def batch_decode(self, sequences: Any, *arguments: Any, **options: Any) -> Any:
-        return super().batch_decode(_plain(sequences), *arguments, **options)  # type: ignore[misc]
+        return super().batch_decode(_plain(sequences), *arguments, **options)
 
 
 def _with_tensors(tokenizer: Any) -> Any:
