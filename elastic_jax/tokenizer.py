@@ -13,9 +13,10 @@ from typing import Any, Self
 
 import tokenizers
 
-from elastic_jax.chat_template import ChatTemplate, Message
+from elastic_jax.chat_template import ChatTemplate, Message, check_messages
 from elastic_jax.detokenizer import DecoderScheme, Detokenizer
 from elastic_jax.errors import RequestError, TokenizerError
+from elastic_jax.mistral_chat import TEKKEN_JSON, MistralChat
 from elastic_jax.mistral_pattern import correct_pattern
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -50,6 +51,7 @@ class Tokenizer:
         self._scheme = scheme
         self._chat_template = chat_template
         self._folder = folder
+        self._mistral_chat = MistralChat(folder / TEKKEN_JSON)
         self.bos_token_id = _optional_id(backend, special_tokens.get("bos_token"))
         self.pad_token_id = _optional_id(backend, special_tokens.get("pad_token"))
         self.eos_token_ids = eos_token_ids
@@ -176,10 +178,15 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation; the template writes its own special tokens, so none are added.
 
+        Without a template, but with a tekken.json, mistral-common encodes it (`mistral_chat`).
+
         Raises:
-            TokenizerError: the model has no chat template.
+            TokenizerError: the model has no chat template, and mistral-common cannot serve.
             RequestError: messages are malformed, or the template refuses them.
         """
+        if self._chat_template is None and add_generation_prompt and (self._folder / TEKKEN_JSON).is_file():
+            check_messages(messages)
+            return self._mistral_chat.encode(messages, tools)
         return self.encode(self.render_chat(messages, add_generation_prompt, tools), add_special_tokens=False)
 
 
