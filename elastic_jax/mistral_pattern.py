@@ -6,7 +6,6 @@ https://huggingface.co/mistralai/Mistral-Small-3.1-24B-Instruct-2503/discussions
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ def has_wrong_pattern(backend: tokenizers.Tokenizer) -> bool:
     return WRONG_DIGITS in pattern
 
 
-def correct_pattern(
-    backend: tokenizers.Tokenizer, folder: Path | None, wanted: bool | None, source: str, *, always: bool = False
-) -> bool:
+def correct_pattern(backend: tokenizers.Tokenizer, folder: Path, wanted: bool | None, source: str) -> bool:
     """Puts Tekken's pattern where a Mistral tokenizer has Llama 3's.
 
     Args:
@@ -45,7 +42,6 @@ def correct_pattern(
         folder: where the model's tekken.json is, if it has one: the authority on the pattern.
         wanted: False keeps the wrong pattern, True corrects it without tekken.json; None asks for tekken.json.
         source: the tokenizer's name, for messages.
-        always: correct it without tekken.json, and warn: for a tokenizer whose other files are not at hand.
 
     Returns:
         Whether the pattern was corrected.
@@ -55,17 +51,11 @@ def correct_pattern(
     """
     if wanted is False or not has_wrong_pattern(backend):
         return False
-    right = None if folder is None else _tekken_pattern(folder)
+    right = _tekken_pattern(folder)
     if right is None and not wanted:
-        if not always:
-            raise TokenizerError(
-                f"{source}: splits digits in threes, as Llama 3 does and no Mistral model was trained. Add the model's "
-                'tekken.json, or "fix_mistral_regex": true to tokenizer_config.json (false to keep it)'
-            )
-        warnings.warn(
-            f"{source}: its tokenizer.json splits digits in threes, as no Mistral model was trained; corrected to "
-            "Tekken's pattern (fix_mistral_regex=False keeps it)",
-            stacklevel=3,
+        raise TokenizerError(
+            f"{source}: splits digits in threes, as Llama 3 does and no Mistral model was trained. Add the model's "
+            'tekken.json, or "fix_mistral_regex": true to tokenizer_config.json (false to keep it)'
         )
     split = pre_tokenizers.Split(tokenizers.Regex(right or TEKKEN_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -6,6 +6,7 @@ a warning. `return_tensors="jax"`, which transformers 5 no longer has, gives JAX
 
 import functools
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -46,33 +47,32 @@ class AutoTokenizer:
             `elastic_jax.mistral_pattern`; `fix_mistral_regex=False` keeps it).
 
         Raises:
-            TokenizerError: there is none, or it cannot be read.
+            TokenizerError: there is none, or it cannot be read; or its pattern is wrong and nothing says how to mend
+                it.
+            HubError: it is on the Hub, and cannot be had.
         """
         folder = _folder(name, revision, token if isinstance(token, str) else None)
         wanted = options.pop("fix_mistral_regex", None)
-        source = str(name) if folder is None else str(folder)
-        hub = {"revision": revision, "token": token} if folder is None else {}
-        given = {key: value for key, value in hub.items() if value is not None}
         try:
-            tokenizer = _load(source, folder, given | options)
+            tokenizer = _load(folder, options)
         except (OSError, ValueError) as error:
             raise TokenizerError(f"{name}: no tokenizer can be loaded: {error}") from error
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            correct_pattern(backend, folder, wanted, source, always=folder is None)
+            correct_pattern(backend, folder, wanted, str(name))
         return _with_tensors(tokenizer)
 
 
-def _folder(name: str | Path, revision: str | None, token: str | None) -> Path | None:
-    """The folder with the tokenizer's files; None for a Hub id that transformers reads itself."""
+def _folder(name: str | Path, revision: str | None, token: str | None) -> Path:
+    """The folder with the tokenizer's files; of a Hub id only those are fetched."""
     if is_remote(str(name)):
+        from converters.huggingface import TOKENIZER_FILES
         from elastic_jax import hub_access
 
         snapshot = hub_access.resolve(str(name), revision=revision, token=token)
-        if snapshot.files is not None and MANIFEST not in snapshot.files:
-            return None
-        folder = snapshot.download([MANIFEST, f"{TOKENIZER}/*"], token)
-        return folder / TOKENIZER if (folder / MANIFEST).is_file() else None
+        files = [MANIFEST, f"{TOKENIZER}/*", "config.json", *TOKENIZER_FILES]
+        folder = snapshot.download(files, token)
+        return folder / TOKENIZER if (folder / MANIFEST).is_file() else folder
     path = Path(name)
     if (path / MANIFEST).is_file():
         return path / TOKENIZER
@@ -86,11 +86,11 @@ def _folder(name: str | Path, revision: str | None, token: str | None) -> Path |
     return path
 
 
-def _load(source: str, folder: Path | None, options: dict[str, Any]) -> Any:
+def _load(folder: Path, options: dict[str, Any]) -> Any:
     # Beside a checkpoint's tokenizer there is no config.json, by which transformers chooses a class.
-    if folder is not None and folder.name == TOKENIZER and not (folder / "tokenizer_config.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(source, **options)
-    return _AutoTokenizer.from_pretrained(source, **options)
+    if folder.name == TOKENIZER and not (folder / "tokenizer_config.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+    return _AutoTokenizer.from_pretrained(str(folder), **options)
 
 
 class TensorEncoding(BatchEncoding):
@@ -168,6 +168,4 @@ def _converted(result: Any, convert: Any) -> Any:
 
 
 def _say(message: str) -> None:
-    import sys
-
     print(message, file=sys.stderr, flush=True)

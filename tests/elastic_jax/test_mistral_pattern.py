@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tekken import TEKKEN, fetch_tekken, write_wrong_tokenizer
@@ -83,17 +84,14 @@ def test_pieces_of_real_tokens_join_to_the_text(tokenizer: Tokenizer, text: str,
     assert "".join(pieces) + detokenizer.flush() == text
 
 
-def test_a_tokenizer_far_from_its_files_is_corrected_with_a_warning(small_folder: Path) -> None:
-    import tokenizers
-
+def test_the_wrong_pattern_is_detected_and_corrected_once(small_folder: Path, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(small_folder / "tokenizer.json"))
     assert has_wrong_pattern(backend)
-    with pytest.raises(TokenizerError, match="digits in threes"):
-        correct_pattern(backend, None, None, "here")
-    with pytest.warns(UserWarning, match="corrected to Tekken's pattern"):
-        assert correct_pattern(backend, None, None, "here", always=True)
+    with pytest.raises(TokenizerError, match="here: splits digits in threes"):
+        correct_pattern(backend, tmp_path, None, "here")
+    assert correct_pattern(backend, tmp_path, True, "here")
     assert not has_wrong_pattern(backend)
-    assert not correct_pattern(backend, None, None, "here", always=True)
+    assert not correct_pattern(backend, tmp_path, True, "here")
 
 
 def test_a_damaged_tekken_json_is_named(small_folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import serve_hub, use_hub
 from tiny import tiny_step_config
 
 from elastic_jax import loading
@@ -70,6 +71,32 @@ def test_a_folder_is_converted_and_compiled_once(cache: Path, monkeypatch: pytes
     assert model.generate(**inputs, max_new_tokens=5).tolist() == expected
     with pytest.raises(ExecutableError, match="no compiled executables"):
         AutoModelForCausalLM.from_pretrained(FOLDER, mode="M", compile="never")
+
+
+def test_a_hub_id_is_downloaded_and_converted_once(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: Any = {"revision": None, "token": None, "workers": 1, "say": lambda _: None}
+    with serve_hub() as hub:
+        hub.add("owner/tiny", FOLDER)
+        use_hub(monkeypatch, hub, tmp_path / "hub")
+        monkeypatch.chdir(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained("owner/tiny")
+        assert "model.safetensors" not in hub.downloaded
+        local = AutoTokenizer.from_pretrained(FOLDER)
+        assert tokenizer.encode("Hello you") == local.encode("Hello you")
+        with pytest.raises(CheckpointError, match='compile is "never"'):
+            sources.find_checkpoint("owner/tiny", compile="never", **options)
+        found = sources.find_checkpoint("owner/tiny", compile="once", **options)
+        assert Path(found.path).parent == cache / "converted"
+        hub.forget()
+        assert sources.find_checkpoint("owner/tiny", compile="never", **options) == found
+        assert hub.downloaded == []
+        hub.add("owner/elastic", Path(found.path))
+        assert sources.find_checkpoint("owner/elastic", compile="never", **options).path == "owner/elastic"
+        elastic = AutoTokenizer.from_pretrained("owner/elastic")
+        assert elastic.encode("Hello you") == local.encode("Hello you")
+        assert not any(name.startswith("weights/") for name in hub.downloaded)
 
 
 def test_another_source_is_another_model(cache: Path, tmp_path: Path) -> None:
