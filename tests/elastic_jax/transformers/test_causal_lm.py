@@ -1,6 +1,8 @@
 """The drop-in's model as a user meets it: arrays in and out, devices, sampling, streaming, and what it refuses."""
 
 import re
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -154,6 +156,32 @@ def test_logits_wait_for_room_and_leave_none_behind(model: ElasticForCausalLM) -
     assert engine.pages.free == engine.pages.pages
 
 
+FRESH = """
+import sys
+import elastic_jax.transformers as dropin
+assert not {"jax", "torch", "transformers"} & sys.modules.keys(), "importing the package imports too much"
+from aot_cache.guard import CompileCounter, forbid_compilation
+forbid_compilation()
+import jax
+import numpy as np
+with CompileCounter() as counter:
+    model = dropin.AutoModelForCausalLM.from_pretrained(sys.argv[1], mode="XL", dtype="float32", compile="never")
+    ids = jax.device_put(np.array([[1, 100, 53]], np.int32))
+    out = model.generate(ids, max_new_tokens=5, min_new_tokens=2, repetition_penalty=1.1, return_dict_in_generate=True,
+                         output_scores=True)
+    logits = model(ids).logits
+print(out.sequences.shape, logits.shape, counter.count())
+"""
+
+
+def test_nothing_is_traced_or_compiled_in_a_fresh_process(model: ElasticForCausalLM) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(model.elastic.checkpoint.path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "(1, 8) (1, 3, 320) 0"
+
+
 # -- what it is --------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +192,7 @@ def test_it_says_what_it_is(model: ElasticForCausalLM) -> None:
     assert model.generation_config.eos_token_id == 2
     assert model.mode == "XL"
     assert model.can_generate()
-    if "torch" not in __import__("sys").modules:
+    if "torch" not in sys.modules:
         assert str(model.device) == "cpu"
         assert (model.device.type, model.device.index) == ("cpu", None)
         assert model.dtype == np.float32
