@@ -88,7 +88,7 @@ class ChatTemplate:
         Raises:
             RequestError: messages are malformed, or the template refuses them (its own words are in the error).
         """
-        _check_messages(messages)
+        check_messages(messages)
         try:
             # Through JSON, so that the template gets no object with methods.
             plain = json.loads(
@@ -104,7 +104,12 @@ class ChatTemplate:
             raise RequestError(f"the chat template ({self._origin}) refuses these messages: {error}") from error
 
 
-def _check_messages(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Checks that messages have roles and contents.
+
+    Raises:
+        RequestError: one has not, or there is none.
+    """
     if not messages:
         raise RequestError("a conversation needs at least one message, found none")
     for index, message in enumerate(messages):

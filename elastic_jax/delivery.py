@@ -9,7 +9,11 @@ import dataclasses
 import threading
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float32
+
 from elastic_jax.engine import Engine, Event
+from elastic_jax.prompt_logits import prompt_logits
 from elastic_jax.requests import GenerateRequest, ScoreRequest
 
 
@@ -67,9 +71,27 @@ class Delivery:
                     return events
                 if not self._engine.busy:
                     raise RuntimeError("the requests have ended, or somebody else stepped the engine")
-                for event in self._engine.step():
-                    if event.request in self._inboxes:
-                        self._inboxes[event.request].events.append(event)
+                self._step()
+
+    def prompt_logits(self, tokens: Sequence[int]) -> Float32[np.ndarray, "tokens vocab"]:
+        """What `prompt_logits` gives, once there is room beside what runs.
+
+        Raises:
+            RequestError: there is no token, or too many, or one outside the vocabulary.
+        """
+        self._engine.limits.check_prompt(tuple(tokens))
+        while True:
+            with self._lock:
+                self._cancel_now()
+                logits = prompt_logits(self._engine, tokens)
+                if logits is not None:
+                    return logits
+                self._step()
+
+    def _step(self) -> None:
+        for event in self._engine.step():
+            if event.request in self._inboxes:
+                self._inboxes[event.request].events.append(event)
 
     def close(self, inbox: Inbox) -> None:
         """Ends all its requests; as `cancel`."""

@@ -161,6 +161,11 @@ class ElasticMistral:
         phases.finish()
         return cls(checkpoint, plan, parts.tokenizer, engine, pool.memory, phases)
 
+    @property
+    def delivery(self) -> Delivery:
+        """What runs requests for several callers at once."""
+        return self._delivery
+
     # -- generating ----------------------------------------------------------------------------------------------------
 
     def generate(

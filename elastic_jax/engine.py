@@ -114,6 +114,18 @@ class Engine:
             events += self._read_scores(read, out) if isinstance(out, ScoreOutputs) else self._read_tokens(read, out)
         return events
 
+    def borrow(self, slots: int) -> tuple[int, list[int]] | None:
+        """A row and pages for work that is no request, or None while there are not enough; `give_back` them."""
+        count = -(-slots // self.config.page_size)
+        if not self._free_rows or count > self.pages.free:
+            return None
+        return self._free_rows.pop(), self.pages.allocate(count)
+
+    def give_back(self, row: int, pages: list[int]) -> None:
+        """Returns what `borrow` gave."""
+        self._free_rows.append(row)
+        self.pages.release(pages)
+
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
@@ -248,6 +260,8 @@ class Engine:
     def _read_tokens(self, packed: Packed, out: StepOutputs) -> Iterator[TokenEvent]:
         token, log_probability = np.asarray(out.token), np.asarray(out.log_probability)
         finite = np.asarray(out.finite)
+        wanted = any(isinstance(track.request, GenerateRequest) and track.request.logits for track in packed.outputs)
+        logits = np.asarray(out.logits) if wanted else None
         for track, at in zip(packed.outputs, packed.out_at, strict=True):
             request = track.request
             if track.phase is Phase.FINISHED or not isinstance(request, GenerateRequest):
@@ -263,7 +277,8 @@ class Engine:
             top = _top(out.top_token, out.top_log_probability, at, request.sampling.top_log_probabilities)
             if finish is not None:
                 self._finish(track)
-            yield TokenEvent(track.number, track.choice, track.output[-1], float(log_probability[at]), top, finish)
+            own = logits[at].copy() if logits is not None and request.logits else None
+            yield TokenEvent(track.number, track.choice, track.output[-1], float(log_probability[at]), top, finish, own)
 
     def _read_scores(self, packed: Packed, out: ScoreOutputs) -> Iterator[ScoreEvent]:
         log_probability, argmax = np.asarray(out.log_probability), np.asarray(out.argmax)

@@ -33,10 +33,22 @@ class Limits:
         else:
             self._check_score(request)
 
-    def _check_generate(self, request: GenerateRequest) -> None:
-        if not request.prompt:
+    def check_prompt(self, tokens: tuple[int, ...]) -> None:
+        """Checks tokens that are to be computed and not continued.
+
+        Raises:
+            RequestError: there is none, too many, or one that does not exist.
+        """
+        self._check_prompt(tokens)
+        self._check_length(len(tokens), f"{len(tokens)} prompt tokens")
+
+    def _check_prompt(self, tokens: tuple[int, ...]) -> None:
+        if not tokens:
             raise RequestError("the prompt is empty: give at least one token")
-        self._check_tokens(request.prompt, "the prompt")
+        self._check_tokens(tokens, "the prompt")
+
+    def _check_generate(self, request: GenerateRequest) -> None:
+        self._check_prompt(request.prompt)
         check_count("max_new_tokens", request.max_new_tokens, 1)
         check_count("choices", request.choices, 1)
         prompt, new = len(request.prompt), request.max_new_tokens

@@ -124,6 +124,7 @@ class GenerateRequest:
         end_tokens: tokens that end an answer.
         choices: answers to give; they share the prompt's pages and differ in what they draw.
         grammar: restricts the answers; None allows every token.
+        logits: report the logits that each token was chosen from. They cross from the device, so they cost time.
     """
 
     prompt: tuple[int, ...]
@@ -132,6 +133,7 @@ class GenerateRequest:
     end_tokens: frozenset[int]
     choices: int
     grammar: Grammar | None
+    logits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +162,7 @@ class TokenEvent:
         log_probability: by the model itself: before penalties, bias, mask and temperature; nats.
         top: the most likely tokens and their log-probabilities, as many as were asked for.
         finish: why the answer ends with this token, or None.
+        logits: float32 [vocab], by the model itself, if the request asked for them.
     """
 
     request: int
@@ -168,6 +171,7 @@ class TokenEvent:
     log_probability: float
     top: tuple[tuple[int, float], ...]
     finish: FinishReason | None
+    logits: Float32[np.ndarray, " vocab"] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 It reads the files that transformers' AutoTokenizer reads and gives the ids that it gives, through the same `tokenizers`
 library, but needs 0.2 s instead of 2 s to import. Two things differ, both on purpose: a tokenizer.json is taken as it
-is whatever class tokenizer_config.json names, and a wrong Mistral pre-tokenizer (below) is corrected or refused.
+is whatever class tokenizer_config.json names, and a wrong Mistral pre-tokenizer is corrected or refused
+(`elastic_jax.mistral_pattern`).
 """
 
 import json
@@ -11,21 +12,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
-from tokenizers import pre_tokenizers
 
-from elastic_jax.chat_template import ChatTemplate, Message
+from elastic_jax.chat_template import ChatTemplate, Message, check_messages
 from elastic_jax.detokenizer import DecoderScheme, Detokenizer
 from elastic_jax.errors import RequestError, TokenizerError
+from elastic_jax.mistral_chat import TEKKEN_JSON, MistralChat
+from elastic_jax.mistral_pattern import correct_pattern
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
-# What Tekken uses: digits one by one. The tokenizer.json of several Mistral models carries Llama 3's pattern, digits in
-# threes, instead: https://huggingface.co/mistralai/Mistral-Small-3.1-24B-Instruct-2503/discussions/84
-WRONG_MISTRAL_DIGITS = r"\p{N}{1,3}"
-TEKKEN_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 COMPLETE_TOKENIZER = (
     "A folder with only tekken.json or tokenizer.model is completed by "
@@ -57,6 +51,7 @@ class Tokenizer:
         self._scheme = scheme
         self._chat_template = chat_template
         self._folder = folder
+        self._mistral_chat = MistralChat(folder / TEKKEN_JSON)
         self.bos_token_id = _optional_id(backend, special_tokens.get("bos_token"))
         self.pad_token_id = _optional_id(backend, special_tokens.get("pad_token"))
         self.eos_token_ids = eos_token_ids
@@ -87,7 +82,7 @@ class Tokenizer:
         config = _read_json(path / "tokenizer_config.json")
         special_tokens = _special_tokens(path, config)
         _mark_special(backend, special_tokens, source)
-        _correct_pattern(backend, config, path)
+        correct_pattern(backend, path, config.get("fix_mistral_regex"), str(source))
         return cls(
             backend=backend,
             scheme=DecoderScheme.of(backend, source),
@@ -183,10 +178,15 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation; the template writes its own special tokens, so none are added.
 
+        Without a template, but with a tekken.json, mistral-common encodes it (`mistral_chat`).
+
         Raises:
-            TokenizerError: the model has no chat template.
+            TokenizerError: the model has no chat template, and mistral-common cannot serve.
             RequestError: messages are malformed, or the template refuses them.
         """
+        if self._chat_template is None and add_generation_prompt and (self._folder / TEKKEN_JSON).is_file():
+            check_messages(messages)
+            return self._mistral_chat.encode(messages, tools)
         return self.encode(self.render_chat(messages, add_generation_prompt, tools), add_special_tokens=False)
 
 
@@ -225,35 +225,6 @@ def _mark_special(backend: tokenizers.Tokenizer, special_tokens: Mapping[str, st
             raise TokenizerError(f"{source}: lacks {token!r}, which tokenizer_config.json names as {name}")
         if token not in special:
             backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
-
-
-def _correct_pattern(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> None:
-    """Puts Tekken's pattern where a Mistral tokenizer.json has Llama 3's; tekken.json is the authority if it is there.
-
-    Raises:
-        TokenizerError: the pattern is wrong, and neither tekken.json nor `fix_mistral_regex` says what to do.
-    """
-    pre_tokenizer = backend.pre_tokenizer
-    if pre_tokenizer is None:
-        return
-    state: dict[str, Any] = json.loads(pre_tokenizer.__getstate__())
-    steps: list[dict[str, Any]] = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    pattern = steps[0].get("pattern", {}).get("Regex", "") if steps[0]["type"] == "Split" else ""
-    if WRONG_MISTRAL_DIGITS not in pattern or backend.token_to_id("[INST]") is None:
-        return
-    wanted = config.get("fix_mistral_regex")
-    if wanted is False:
-        return
-    tekken = _read_json(folder / "tekken.json")
-    if not wanted and not tekken:
-        raise TokenizerError(
-            f"{folder / 'tokenizer.json'}: splits digits in threes, as Llama 3 does and no Mistral model was trained. "
-            'Add the model\'s tekken.json, or "fix_mistral_regex": true to tokenizer_config.json (false to keep it)'
-        )
-    right = tekken["config"]["pattern"] if tekken else TEKKEN_PATTERN
-    split = pre_tokenizers.Split(tokenizers.Regex(right), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
 
 
 def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str]) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from elastic_jax.errors import RequestError, TokenizerError
-from elastic_jax.tokenizer import TEKKEN_PATTERN, Tokenizer
+from elastic_jax.mistral_pattern import TEKKEN_PATTERN
+from elastic_jax.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 TINY = ("tiny_mistral", "tiny_llama")
