@@ -13,6 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from elastic_jax import cli_plan
+from elastic_jax.cli_cache import cache_app
+from elastic_jax.cli_doctor import doctor
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
@@ -246,6 +249,12 @@ def info(
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 app.command()(generate)
+
+# -- commands in files of their own ------------------------------------------------------------------------------------
+
+for _command in (cli_plan.plan, cli_plan.modes, doctor):
+    app.command()(_command)
+app.add_typer(cache_app, name="cache")
 
 
 # -- push --------------------------------------------------------------------------------------------------------------
