@@ -15,6 +15,7 @@ import typer
 
 from elastic_jax import cli_plan
 from elastic_jax.cli_cache import cache_app
+from elastic_jax.cli_chat import chat
 from elastic_jax.cli_doctor import doctor
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
@@ -252,7 +253,7 @@ app.command()(generate)
 
 # -- commands in files of their own ------------------------------------------------------------------------------------
 
-for _command in (cli_plan.plan, cli_plan.modes, doctor):
+for _command in (chat, cli_plan.plan, cli_plan.modes, doctor):
     app.command()(_command)
 app.add_typer(cache_app, name="cache")
 
