@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from elastic_jax import cli_plan
+from elastic_jax.cli_batch import batch
 from elastic_jax.cli_cache import cache_app
 from elastic_jax.cli_chat import chat
 from elastic_jax.cli_doctor import doctor
@@ -38,15 +39,27 @@ from elastic_jax.cli_options import (
 )
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
+from elastic_jax.offline import go_offline
 from elastic_jax.workers import default_workers
 
 app = typer.Typer(
     name="elastic-jax",
-    help="Elastic Mistral models in JAX: one checkpoint, several precision modes, compiled ahead of time.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing: what the caches hold must do. Before the command.")
+    ] = False,
+) -> None:
+    """Elastic Mistral models in JAX: one checkpoint, several precision modes, compiled ahead of time."""
+    if offline:
+        go_offline()
+
 
 # -- convert -----------------------------------------------------------------------------------------------------------
 
@@ -253,7 +266,7 @@ app.command()(generate)
 
 # -- commands in files of their own ------------------------------------------------------------------------------------
 
-for _command in (chat, cli_plan.plan, cli_plan.modes, doctor):
+for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor):
     app.command()(_command)
 app.add_typer(cache_app, name="cache")
 
