@@ -56,7 +56,7 @@ def entries(cache: Path) -> list[Entry]:
         elif (path / MANIFEST).is_file():
             found.append((path, "checkpoint"))
         elif path.name == COMPILED and path.is_dir():
-            found += [(commit, "executables") for commit in path.glob("*/*") if commit.is_dir()]
+            found.extend((commit, "executables") for commit in path.glob("*/*") if commit.is_dir())
     return sorted(
         (Entry(path.relative_to(cache).as_posix(), kind, _size(path)) for path, kind in found), key=lambda e: e.name
     )

@@ -11,4 +11,4 @@ def go_offline() -> None:
     """Forbids downloads: a file that no cache holds is an error that says so."""
     os.environ.update(_SWITCHES)
     if constants := sys.modules.get("huggingface_hub.constants"):
-        constants.HF_HUB_OFFLINE = True  # it has read the environment already
+        vars(constants)["HF_HUB_OFFLINE"] = True  # it has read the environment already

@@ -64,7 +64,7 @@ def test_saved_conversations_are_prompts(model: ElasticMistral, tmp_path: Path) 
     ask(conversation, model, "héllo")
     conversation.save(tmp_path / "saved.json")
     assert json.loads((tmp_path / "saved.json").read_text("utf-8")) == conversation.prompt
-    assert os.listdir(tmp_path) == ["saved.json"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved.json"]
 
 
 def test_control_c_is_noted_and_ends_nothing() -> None:
@@ -103,7 +103,7 @@ def test_a_pipe_is_answered_line_by_line(
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("/bogus", "/help"), ("/mode Q", "no plan"), ("/save", "name of a file"), ("/save /nowhere/x", "")],
+    [("/bogus", "/help"), ("/mode Q", "has no mode"), ("/save", "name of a file"), ("/save /nowhere/x", "")],
 )
 def test_a_wrong_line_of_a_pipe_ends_with_one_message(
     model: ElasticMistral,
