@@ -20,16 +20,8 @@ TEXT = "/v1/completions"
 _IGNORED = {"model", "user", "metadata", "store", "service_tier"}
 """Fields that change no answer."""
 
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-)
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTEGERS = ("top_k", "seed")
 """Fields that `generate` calls the same; some are extensions that other servers have too."""
 
 _NEW_TOKENS = ("max_tokens", "max_completion_tokens")
@@ -111,7 +103,7 @@ def _is_prompt(kind: Kind, value: Any) -> bool:
 
 
 def _arguments(body: Mapping[str, Any], source: str) -> dict[str, Any]:
-    known = {source, "n", "stop", "stream", "logit_bias", *_NEW_TOKENS, *_SAME, *_IGNORED}
+    known = {source, "n", "stop", "stream", "logit_bias", *_NEW_TOKENS, *_NUMBERS, *_INTEGERS, *_IGNORED}
     if unknown := sorted(body.keys() - known):
         raise RequestError(f"body has fields that are not implemented: {unknown}; known are {sorted(known)}")
     if body.get("stream"):
@@ -121,7 +113,13 @@ def _arguments(body: Mapping[str, Any], source: str) -> dict[str, Any]:
     if len(lengths) > 1:
         raise RequestError(f"body has both {_NEW_TOKENS[0]} and {_NEW_TOKENS[1]}: give one")
     # The API samples unless told otherwise.
-    arguments = {"temperature": 1.0, **{name: given[name] for name in _SAME if name in given}}
+    arguments: dict[str, Any] = {"temperature": 1.0}
+    arguments |= {name: _number(given[name], f"body.{name}") for name in _NUMBERS if name in given}
+    for name in _INTEGERS:
+        if name in given:
+            if not is_integer(given[name]):
+                raise RequestError(f"body.{name} should be an integer, found {given[name]!r:.80}")
+            arguments[name] = given[name]
     if lengths:
         arguments["max_new_tokens"] = lengths[0]
     if "n" in given:
@@ -142,11 +140,25 @@ def _arguments(body: Mapping[str, Any], source: str) -> dict[str, Any]:
     return arguments
 
 
-def _bias(value: Any) -> dict[int, Any]:
+def _number(value: Any, where: str) -> float:
     try:
-        return {int(token): bias for token, bias in value.items()}  # JSON has no integers as keys
-    except (AttributeError, ValueError):
-        raise RequestError(f"body.logit_bias should be an object from token ids to numbers, found {value!r}") from None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise RequestError(f"{where} should be a number, found {value!r:.80}")
+
+
+def _bias(value: Any) -> dict[int, float]:
+    try:
+        # JSON has no integers as keys.
+        return {int(token): _number(bias, "a value of body.logit_bias") for token, bias in value.items()}
+    except (AttributeError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(
+            f"body.logit_bias should be an object from token ids to numbers, found {value!r:.80}"
+        ) from None
 
 
 def completion(request: BatchRequest, answers: Sequence[Generation], model: str) -> dict[str, Any]:
