@@ -40,7 +40,7 @@ BAD: list[bytes] = [
             line("url") | {"url": "/v1/embeddings"},
             line("extra") | {"priority": 1},
             line("body") | {"body": "text"},
-            line("empty", prompt=""),
+            line("empty", prompt=[]),
             line("tokens", prompt=[1, 10**9]),
             line("prompts", prompt=["a", "b"]),
             line("messages", CHAT, messages=[1, 2]),
