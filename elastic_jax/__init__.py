@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from elastic_jax.async_elastic import AsyncElasticMistral
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.elastic import ElasticMistral
     from elastic_jax.errors import ElasticError
@@ -14,9 +15,19 @@ if TYPE_CHECKING:
     from elastic_jax.plan import Plan
     from elastic_jax.scoring import Score
 
-__all__ = ["Checkpoint", "ElasticError", "ElasticMistral", "Generation", "Piece", "Plan", "Score"]
+__all__ = [
+    "AsyncElasticMistral",
+    "Checkpoint",
+    "ElasticError",
+    "ElasticMistral",
+    "Generation",
+    "Piece",
+    "Plan",
+    "Score",
+]
 
 _HOMES = {
+    "AsyncElasticMistral": "async_elastic",
     "Checkpoint": "checkpoint",
     "ElasticError": "errors",
     "ElasticMistral": "elastic",

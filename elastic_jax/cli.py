@@ -13,7 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
+from elastic_jax import cli_plan
+from elastic_jax.cli_batch import batch
 from elastic_jax.cli_bench import bench
+from elastic_jax.cli_cache import cache_app
+from elastic_jax.cli_chat import chat
+from elastic_jax.cli_doctor import doctor
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
@@ -35,15 +40,27 @@ from elastic_jax.cli_options import (
 )
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
+from elastic_jax.offline import go_offline
 from elastic_jax.workers import default_workers
 
 app = typer.Typer(
     name="elastic-jax",
-    help="Elastic Mistral models in JAX: one checkpoint, several precision modes, compiled ahead of time.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing: what the caches hold must do. Before the command.")
+    ] = False,
+) -> None:
+    """Elastic Mistral models in JAX: one checkpoint, several precision modes, compiled ahead of time."""
+    if offline:
+        go_offline()
+
 
 # -- convert -----------------------------------------------------------------------------------------------------------
 
@@ -247,6 +264,12 @@ def info(
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 app.command()(generate)
+
+# -- commands in files of their own ------------------------------------------------------------------------------------
+
+for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor):
+    app.command()(_command)
+app.add_typer(cache_app, name="cache")
 
 
 # -- bench -------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from elastic_jax.weights import Weights, weight_bytes
 
 _GIB = 1 << 30
 
-_JAX_FRACTION = 0.75
+JAX_FRACTION = 0.75
 """What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 _GPU_CODE = 256 << 20
@@ -104,7 +104,7 @@ def available_memory(device: Device) -> int | None:
     try:
         statistics = device.memory_stats()
     except jax.errors.JaxRuntimeError:  # it is not there
-        return int(_JAX_FRACTION * memory_bytes(device))
+        return int(JAX_FRACTION * memory_bytes(device))
     return statistics["bytes_limit"] - statistics["bytes_in_use"] if statistics else None
 
 

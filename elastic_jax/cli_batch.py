@@ -1,0 +1,93 @@
+"""The `batch` command."""
+
+import dataclasses
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from elastic_jax.cli_options import (
+    CheckpointOrIdArgument,
+    DtypeOption,
+    JsonOption,
+    ModeOption,
+    RevisionOption,
+    TokenOption,
+    hide_hub_progress,
+    note,
+    print_value,
+)
+from elastic_jax.errors import RequestError
+from elastic_jax.hub_id import is_remote
+
+
+def batch(
+    checkpoint: CheckpointOrIdArgument,
+    source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The answers; continued if it is there.", show_default=False)],
+    mode: ModeOption = "M",
+    on_missing: Annotated[
+        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
+    ] = "error",
+    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
+    dtype: DtypeOption = "bfloat16",
+    kv_slots: Annotated[int | None, typer.Option(min=1, help="The KV pool, of those compiled.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a file of requests. The same command continues after an interruption; bad lines get an error each."""
+    from elastic_jax.batch_run import read_done, run_batch
+    from elastic_jax.elastic import ElasticMistral
+
+    if not source.is_file():
+        raise RequestError(f"there is no file {source}: give one with a request in OpenAI's batch format a line")
+    if out.exists() and out.samefile(source):
+        raise RequestError(f"{out} is the file of requests itself: name another for the answers")
+    read_done(source, out)  # what is refused is refused before anything is loaded
+    if is_remote(checkpoint):
+        hide_hub_progress(as_json)
+    model = ElasticMistral.load(
+        checkpoint,
+        mode,
+        on_missing=on_missing,
+        dtype=dtype,
+        kv_slots=kv_slots,
+        max_context=max_context,
+        trust=trust,
+        revision=revision,
+        token=token,
+        say=lambda message: note(message, as_json),
+    )
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    start = time.perf_counter()
+    try:
+        result = run_batch(
+            model,
+            source,
+            out,
+            stop=stop,
+            progress=lambda r: note(f"{r.done + r.answered + r.failed} lines, {r.failed} bad", as_json),
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    seconds = time.perf_counter() - start
+    values = dataclasses.asdict(result) | {"out": str(out), "interrupted": stop.is_set(), "seconds": round(seconds, 3)}
+    print_value(
+        values,
+        as_json,
+        lambda: (
+            f"{out}: {result.answered} answered, {result.failed} bad, {result.done} were done before; "
+            f"{result.new_tokens} tokens, {result.new_tokens / seconds:.1f} tok/s"
+        ),
+    )
+    if stop.is_set():
+        note(f"interrupted: continue with {shlex.join(['elastic-jax', *sys.argv[1:]])}", as_json)
+        raise typer.Exit(130)

@@ -1,0 +1,121 @@
+"""The commands `plan` and `modes`: what a model will take, and what its modes are."""
+
+from typing import Annotated, Any
+
+import typer
+
+from elastic_jax.cli_options import (
+    CheckpointOrIdArgument,
+    DtypeOption,
+    JsonOption,
+    RevisionOption,
+    TokenOption,
+    hide_hub_progress,
+    print_value,
+)
+
+
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="An Elastic checkpoint, a Hugging Face folder, a .gguf file, or a Hub id owner/name.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(help="A GPU that need not be here: a name of `targets`, or a file of `dump-target`."),
+    ] = None,
+    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    dtype: DtypeOption = "bfloat16",
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what a model takes on disk and in memory, and the context that fits, before it is downloaded."""
+    from elastic_jax.sizing import checkpoint_bytes, describe_model, place, size_mode
+
+    hide_hub_progress(as_json)
+    where = place(target)
+    model = describe_model(source, revision=revision, token=token)
+    planned = {
+        "source": source,
+        "device": where.name,
+        "described": target is not None,
+        "download_bytes": model.download,
+        "checkpoint_bytes": checkpoint_bytes(model.config),
+        "max_position_embeddings": model.config.max_position_embeddings,
+        "memory_bytes_per_second": where.bandwidth,
+        "modes": [size_mode(model.config, one, where, dtype, max_context=max_context) for one in model.plans],
+    }
+    print_value(planned, as_json, lambda: _render(planned))
+
+
+def _render(planned: dict[str, Any]) -> str:
+    from elastic_jax.memory import gib
+
+    lines = [f"{planned['source']} on {planned['device']}{' (described)' if planned['described'] else ''}"]
+    if planned["download_bytes"]:
+        lines.append(f"download for converting: {gib(planned['download_bytes'])}")
+    lines += [f"Elastic checkpoint, int8 and bf16: {gib(planned['checkpoint_bytes'])}", ""]
+    lines.append("mode  weights     beside     KV a token  KV tokens that fit  tok/s at most")
+    for mode in planned["modes"]:
+        beside = gib(mode["row_bytes"] + mode["workspace_bytes"])
+        tokens = "unknown" if mode["kv_tokens"] is None else str(mode["kv_tokens"])
+        fit = tokens if mode["fits"] else "does not fit"
+        rate = mode["decode_tokens_per_second_at_most"] or "unknown"
+        lines.append(
+            f"{mode['mode']:5s} {gib(mode['weight_bytes']):11s} {beside:10s} "
+            f"{mode['kv_bytes_per_token'] / 1024:6.0f} KiB  {fit:>18s}  {rate:>13}"
+        )
+    available = planned["modes"][0]["available_bytes"] if planned["modes"] else None
+    lines += ["", f"free memory: {'unknown' if available is None else gib(available)}"]
+    if rate := planned["memory_bytes_per_second"]:
+        lines.append(
+            f"tok/s at most: one sequence, the memory's {rate / 1e9:.0f} GB/s over the weights that each token reads; "
+            "less is measured"
+        )
+    return "\n".join(lines)
+
+
+def modes(
+    checkpoint: CheckpointOrIdArgument,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List a checkpoint's modes: what each computes, its bytes, and for which devices it is compiled."""
+    from pathlib import Path
+
+    from elastic_jax.hub_id import is_remote, refuse_revision
+    from elastic_jax.info import describe, describe_remote
+    from elastic_jax.memory import gib
+
+    hide_hub_progress(as_json)
+    if is_remote(checkpoint):
+        described = describe_remote(checkpoint, revision=revision, token=token)
+    else:
+        refuse_revision(checkpoint, revision)
+        described = describe(Path(checkpoint))
+    listed = [
+        {
+            **mode,
+            "compiled_for": sorted(
+                {
+                    store["target"]
+                    for store in described["executables"]
+                    if store["mode"] == mode["mode"] and not store["problem"]
+                }
+            ),
+        }
+        for mode in described["modes"]
+    ]
+
+    def line(mode: dict[str, Any]) -> str:
+        size = "not stored" if mode["weight_bytes"] is None else gib(mode["weight_bytes"])
+        groups = ", ".join(f"{count} {choice}" for choice, count in mode["choices"].items())
+        compiled = ", ".join(mode["compiled_for"]) or "nothing yet"
+        return f"{mode['mode']:4s} {size:11s} {groups}; compiled for {compiled}; {mode['note']}"
+
+    print_value(listed, as_json, lambda: "\n".join(map(line, listed)))
