@@ -32,6 +32,7 @@ from elastic_jax.cli_options import (
     print_value,
     progress_bar,
 )
+from elastic_jax.cli_search import calibrate
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.workers import default_workers
@@ -246,6 +247,10 @@ def info(
 # -- generate ----------------------------------------------------------------------------------------------------------
 
 app.command()(generate)
+
+# -- calibrate, search -------------------------------------------------------------------------------------------------
+
+app.command()(calibrate)
 
 
 # -- push --------------------------------------------------------------------------------------------------------------
