@@ -126,8 +126,14 @@ class Forward:
     ) -> Float32[Array, "tokens hidden"]:
         """The residual stream after the last layer, from the one before layer `first` on."""
         for layer in range(first, self.config.num_layers):
-            x = self.layer(x, layer, layer_choices(plan, layer), role)
+            x = self.run_layer(x, layer, plan, role)
         return x
+
+    def run_layer(
+        self, x: Float32[Array, "tokens hidden"], layer: int, plan: Mapping[str, Choice], role: Role
+    ) -> Float32[Array, "tokens hidden"]:
+        """The residual stream after one layer of a plan."""
+        return self.layer(x, layer, layer_choices(plan, layer), role)
 
     def distances(
         self,
