@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from elastic_jax.cli_frontier import cost, frontier, search
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
@@ -251,6 +252,9 @@ app.command()(generate)
 # -- calibrate, search -------------------------------------------------------------------------------------------------
 
 app.command()(calibrate)
+app.command()(cost)
+app.command()(search)
+app.command()(frontier)
 
 
 # -- push --------------------------------------------------------------------------------------------------------------

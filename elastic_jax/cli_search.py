@@ -27,13 +27,14 @@ TasksOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Of drawing the text.")]
 
 
-class _Steps:
+class Steps:
     """Tells people how far a long measurement is, at most every few seconds, and how long it will still take."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet, self._start, self._told, self._first = quiet, time.monotonic(), 0.0, 0
 
     def __call__(self, done: int, total: int, name: str) -> None:
+        """`done` of `total` steps are done, and `name` comes next."""
         now = time.monotonic()
         if not self._told:
             self._start, self._first = now, done  # what a resumed run finds done took no time
@@ -83,7 +84,7 @@ def calibrate(
         workers=threads,
         say=lambda message: note(message, as_json),
     )
-    made = run(opened, destination, text, strengths=STRENGTHS, device=device, workers=threads, progress=_Steps(as_json))
+    made = run(opened, destination, text, strengths=STRENGTHS, device=device, workers=threads, progress=Steps(as_json))
     values = {"path": str(destination), "summary": made.summary(), "groups": made.record}
     print_value(values, as_json, lambda: _calibrated(values))
 

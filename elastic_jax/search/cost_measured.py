@@ -100,8 +100,8 @@ def _time_product(group: Group, choice: Choice, rows: int, generated: int, step:
     def weight() -> Any:
         if precision == "bf16":
             return jax.device_put((values * np.float32(1e-3)).astype(jnp.dtype(step.dtype)), device)
-        arrays = (jax.device_put(array.copy(), device) for array in (values, scales))
-        return QArray(*arrays, PROMPT_ACTIVATIONS[choice])
+        copy, its_scales = (jax.device_put(array.copy(), device) for array in (values, scales))
+        return QArray(copy, its_scales, PROMPT_ACTIVATIONS[choice])
 
     dot = kernels.dot(step.integer_dot)
 
@@ -159,8 +159,6 @@ def _seconds(run: Callable[[], Any]) -> float:
     found = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        for _ in range(times):
-            out = run()
-        jax.block_until_ready(out)
+        jax.block_until_ready([run() for _ in range(times)])
         found.append((time.perf_counter() - start) / times)
     return statistics.median(found)

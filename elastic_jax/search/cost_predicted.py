@@ -49,7 +49,9 @@ def predict_costs(config: ModelConfig, workload: Workload, target: str, step: St
     capability = round(10 * _number(description, "major") + _number(description, "minor"))
     known = [c for c in _BF16_OPERATIONS if c <= capability]
     if not known:
-        raise ConfigError(f"{description.source}: costs are predicted from compute capability 8.0 on, found {capability}")
+        raise ConfigError(
+            f"{description.source}: costs are predicted from compute capability 8.0 on, found {capability}"
+        )
     operations = clock * cores * _BF16_OPERATIONS[max(known)]
     buckets = workload.buckets(step.buckets)
 

@@ -5,6 +5,7 @@ only the layers from the one that it changes on. The residual stream, attention 
 bfloat16's own rounding, which every mode has, would hide what a single group adds.
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,12 @@ class Forward:
         self._integer: Weights = {name: weight for name, weight in integer.items() if isinstance(weight, QArray)}
         self._device = device
         self._names = kernels.default_names(self.config, device.platform)
+
+    def over(self, windows: Int32[np.ndarray, "windows length"]) -> "Forward":
+        """The same model and device over other text; weights are shared."""
+        other = copy.copy(self)
+        other.windows = windows
+        return other
 
     @property
     def dot_name(self) -> str:

@@ -44,7 +44,8 @@ def end_tables(config: ModelConfig, scores: Scores) -> Tables:
 def mixed(tables: Tables, mixture: Mapping[Role, Sequence[float]]) -> dict[Role, np.ndarray]:
     """One table a role."""
     return {
-        role: sum((w * tables[role][e] for w, e in zip(mixture[role], ENDS, strict=True)), np.zeros(())) for role in ROLES
+        role: sum((w * tables[role][e] for w, e in zip(mixture[role], ENDS, strict=True)), np.zeros(()))
+        for role in ROLES
     }
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.plan import Choice
-from elastic_jax.search.forward import ROLES
 from elastic_jax.search.solver import Problem
 
 
@@ -21,7 +20,7 @@ def protect_down(groups: Iterable[str]) -> dict[str, Choice]:
 
 def greedy(problem: Problem, max_seconds: float) -> dict[str, Choice]:
     """From the fastest choice of each group, the step with the most divergence saved per second, while time allows."""
-    kl = sum(problem.kl[role] for role in ROLES)
+    kl = problem.kl_sum()
     seconds = problem.seconds
     fastest = [
         min((c for c in range(len(problem.choices)) if ok[c]), key=lambda c, row=row: seconds[row, c])

@@ -10,9 +10,13 @@ from typing import Any, Literal, Self
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.checkpoint_io import write_json
 from elastic_jax.errors import ConfigError
+from elastic_jax.loading import Say
 from elastic_jax.plan import Choice
 from elastic_jax.search.forward import Role
 from elastic_jax.search.texts import Text
+
+SCORES = "search/scores.json"
+"""Where a search keeps them, below the checkpoint."""
 
 FORMAT = 1
 """Of the file; raised by every change that makes old scores mean something else."""
@@ -71,12 +75,30 @@ class Scores:
             ConfigError: the two are not of the same weights, text and arithmetic.
         """
         if other.identity != self.identity:
-            different = sorted(k for k in self.identity | other.identity if self.identity.get(k) != other.identity.get(k))
+            different = sorted(
+                k for k in self.identity | other.identity if self.identity.get(k) != other.identity.get(k)
+            )
             raise ConfigError(
                 f"scores of one search must be of the same {', '.join(different)}, but these are not: "
                 f"{[other.identity.get(k) for k in different]} against {[self.identity.get(k) for k in different]}"
             )
         self._scores = other._scores | self._scores
+
+    @classmethod
+    def resume(cls, path: Path, identity: Mapping[str, Any], say: Say) -> Self:
+        """Scores of an interrupted search of the same weights and text; empty ones if there are none.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        if not path.exists():
+            return cls(identity)
+        found = cls.read(path)
+        if found.identity == dict(identity):
+            say(f"continuing with {len(found)} scores of {path}")
+            return found
+        say(f"{path} is of other weights or text: measuring anew, and replacing it")
+        return cls(identity)
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -101,7 +123,9 @@ class Scores:
             scores = cls(values["identity"])
             scores._scores = {key: Score(float(s["kl"]), float(s["flips"])) for key, s in values["scores"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is no file of scores: {error!r}; delete it, and the search begins anew") from None
+            raise ConfigError(
+                f"{path} is no file of scores: {error!r}; delete it, and the search begins anew"
+            ) from None
         return scores
 
 

@@ -79,7 +79,8 @@ def measure(forward: Forward, scores: Scores, *, save: Callable[[], None], progr
                 found = distances([inputs[-1]], choices[0])
             else:
                 layer = int(group.split(".")[1])
-                outs = [forward.run(inputs[layer], layer, base | {group: choice}, role) for choice in choices]
+                plans: list[dict[str, Choice]] = [{**base, group: choice} for choice in choices]
+                outs = [forward.run(inputs[layer], layer, plan, role) for plan in plans]
                 found = distances(outs, base[LM_HEAD])
             for number, choice in enumerate(choices):
                 scores.add(end, role, group, choice, mean_score(found, number))

@@ -6,7 +6,7 @@ sums over groups; how far divergence is from such a sum is the ladder's business
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from jaxtyping import Float64
@@ -48,28 +48,30 @@ class Problem:
     fixed_bytes: int
 
     @classmethod
-    def of(cls, config: ModelConfig, costs: Costs, kl: Mapping[Role, Mapping[str, Mapping[Choice, float]]]) -> "Problem":
+    def of(cls, config: ModelConfig, costs: Costs, kl: Mapping[Role, np.ndarray]) -> "Problem":
         """The problem of one model.
 
         Args:
             config: the model.
             costs: of its groups.
-            kl: role -> group -> choice -> nats.
+            kl: role -> [groups, choices], in the order of `model_groups` and `CHOICES`, nats.
         """
         groups, sizes = model_groups(config), group_bytes(config)
         allowed = np.array([[not (g == LM_HEAD and c in ("w8a8", "w8a8b")) for c in CHOICES] for g in groups])
 
-        def table(value: Mapping[str, Mapping[Choice, float]]) -> np.ndarray:
-            return np.array([[float(value[g].get(c, 0.0)) for c in CHOICES] for g in groups])
+        def table(value: Mapping[str, Mapping[Choice, Any]]) -> np.ndarray:
+            return np.array([[float(value[g][c]) for c in CHOICES] for g in groups])
 
-        seconds = {name: {c: costs.of_group(group.kind, c) for c in CHOICES} for name, group in groups.items()}
+        seconds: dict[str, dict[Choice, float]] = {
+            name: {c: costs.of_group(group.kind, c) for c in CHOICES} for name, group in groups.items()
+        }
         return cls(
             tuple(groups),
             CHOICES,
             allowed,
             table(seconds),
             table(sizes),
-            {role: table(kl[role]) for role in ROLES},
+            kl,
             fixed_bytes(config),
         )
 
@@ -80,6 +82,10 @@ class Problem:
     def indices(self, choices: Mapping[str, Choice]) -> np.ndarray:
         """The column of each group's choice in a plan."""
         return np.array([self.choices.index(choices[group]) for group in self.groups])
+
+    def kl_sum(self) -> np.ndarray:
+        """Of both roles, [groups, choices]."""
+        return np.sum([self.kl[role] for role in ROLES], axis=0)
 
     def total(self, table: np.ndarray, choices: Mapping[str, Choice]) -> float:
         """Sum of a table's entries over a plan."""
@@ -109,7 +115,7 @@ def solve(
     from scipy.optimize import Bounds, LinearConstraint, milp  # takes long to import
 
     shape = problem.allowed.shape
-    kl = sum(problem.kl[role] for role in ROLES)
+    kl = problem.kl_sum()
     # What is not minimized decides between plans that are equal in what is.
     time_scale, kl_scale = max(problem.seconds.max(), 1e-30), max(np.max(kl), 1e-30)
     weights = (1.0, 1e-6) if minimize == "seconds" else (1e-6, 1.0)
@@ -133,7 +139,7 @@ def solve(
         objective,
         constraints=constraints,
         integrality=np.ones(objective.size),
-        bounds=Bounds(0, problem.allowed.reshape(-1).astype(float)),
+        bounds=cast(Any, Bounds)(0.0, problem.allowed.reshape(-1).astype(float)),  # its stub knows single numbers only
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
     if found.x is None:

@@ -46,7 +46,7 @@ class Workload:
         """Tokens that a generated one attends to, on average."""
         return self.prompt_tokens + self.new_tokens // 2
 
-    def buckets(self, available: tuple[Bucket, ...]) -> dict[Role, tuple[Bucket, float]]:
+    def buckets(self, available: tuple[Bucket, ...]) -> dict[Role, tuple[Bucket, int]]:
         """Which step serves each role, and how many of them a workload takes."""
         prompts = sorted((b for b in available if not b.generated), key=lambda b: b.prompt)
         generated = sorted((b for b in available if not b.prompt), key=lambda b: b.generated)
@@ -76,7 +76,7 @@ class Costs:
     device: str
     measured: bool
     workload: Workload
-    steps: Mapping[Role, float]
+    steps: Mapping[Role, int]
     buckets: Mapping[Role, int]
     groups: Mapping[Role, Mapping[str, Mapping[Choice, float]]]
     rest: Mapping[Role, float]
