@@ -1,8 +1,8 @@
 """The model one layer at a time, over windows of text: what calibration and search measure with.
 
-Layers are all of one shape, so one compiled unit serves every layer that has the same choices, and a measurement runs
-only the layers from the one that it changes on. The residual stream, attention and `bf16` products are float32 here:
-bfloat16's own rounding, which every mode has, would hide what a single group adds.
+Layers are all of one shape, so one compiled unit serves every half of a layer (attention, MLP) that has the same
+choices, and a measurement runs only the layers from the one that it changes on. The residual stream, attention and
+`bf16` products are float32 here: bfloat16's own rounding, which every mode has, would hide what a single group adds.
 """
 
 import copy
@@ -21,7 +21,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import Block, RMSNorm, rotation
+from elastic_jax.model import MLP, RMSNorm, SelfAttention, rotation
 from elastic_jax.plan import Choice, Plan, provisional_plans, stored_precision
 from elastic_jax.quantization import QArray
 from elastic_jax.weights import PROMPT_ACTIVATIONS, Weights, load_weights
@@ -33,6 +33,9 @@ ROLES: tuple[Role, ...] = ("prompt", "generated")
 
 KINDS = ("qkv", "o", "gate_up", "down")
 """The groups of a layer, in the order they are computed."""
+
+_HALVES = {"attention": ("attention_norm", KINDS[:2]), "mlp": ("mlp_norm", KINDS[2:])}
+"""The halves of a layer -> the norm and the groups of each."""
 
 _PAGE = 64
 _HEAD_TOKENS = 128
@@ -124,9 +127,14 @@ class Forward:
     def _run(
         self, x: Array, layer: int, choices: Sequence[Choice], role: Role, *, capture: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        weights = {kind: self.weight(f"layers.{layer}.{kind}", c) for kind, c in zip(KINDS, choices, strict=True)}
-        norms = {kind: self.norm(f"layers.{layer}.{kind}") for kind in ("attention_norm", "mlp_norm")}
-        return _layer(x, weights | norms, self.config, self.windows.shape, role, self._names, capture=capture)
+        """The two halves of a layer, compiled apart: a plan has far fewer kinds of halves than of layers."""
+        captured: tuple[Array, ...] = ()
+        for half, (norm, kinds) in _HALVES.items():
+            weights = {kind: self.weight(f"layers.{layer}.{kind}", choices[KINDS.index(kind)]) for kind in kinds}
+            weights[norm] = self.norm(f"layers.{layer}.{norm}")
+            x, found = _half(x, weights, half, self.config, self.windows.shape, role, self._names, capture=capture)
+            captured += found
+        return x, captured
 
     def run(
         self, x: Float32[Array, "tokens hidden"], first: int, plan: Mapping[str, Choice], role: Role
@@ -202,10 +210,11 @@ def _batch(shape: tuple[int, int], generated: int) -> TokenBatch:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "shape", "role", "names", "capture"))
-def _layer(
+@functools.partial(jax.jit, static_argnames=("half", "config", "shape", "role", "names", "capture"))
+def _half(
     x: Array,
     weights: dict[str, Any],
+    half: str,
     config: ModelConfig,
     shape: tuple[int, int],
     role: Role,
@@ -213,6 +222,7 @@ def _layer(
     *,
     capture: bool,
 ) -> tuple[Array, tuple[Array, ...]]:
+    """The residual stream after attention or MLP (`model.Block` adds one after the other), and their groups' inputs."""
     batch = _batch(shape, shape[0] * shape[1] if role == "generated" else 0)
     named_dot, captured = kernels.dot(names[1]), []
 
@@ -224,12 +234,15 @@ def _layer(
         captured.append(x)
         return named_dot(x, weight, generated=generated)
 
-    block = Block(config, {f"layers.0.{name}": weight for name, weight in weights.items()}, 0, attention, dot)
-    slots = batch.block_table.size * _PAGE
-    cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
-    angles = rotation(batch.position, config.head_dim, config.rope_theta)
-    out, _ = block(x, angles, cache, batch)
-    return out, tuple(captured) if capture else ()
+    normed = RMSNorm(weights[_HALVES[half][0]], config.rms_norm_eps)(x)
+    if half == "attention":
+        slots = batch.block_table.size * _PAGE
+        cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
+        angles = rotation(batch.position, config.head_dim, config.rope_theta)
+        added, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(normed, angles, cache, batch)
+    else:
+        added = MLP(weights["gate_up"], weights["down"], dot)(normed, generated=batch.generated)
+    return x + added, tuple(captured) if capture else ()
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "name"))

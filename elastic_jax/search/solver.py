@@ -4,8 +4,11 @@ One binary variable stands for each group and choice, and exactly one of a group
 sums over groups; how far divergence is from such a sum is the ladder's business.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -92,13 +95,27 @@ class Problem:
         return float(np.take_along_axis(table, self.indices(choices)[:, None], axis=1).sum())
 
 
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keeps HiGHS, which prints lines of its own now and then, from standard output, where `--json` has its value."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def solve(
     problem: Problem,
     *,
     minimize: Literal["seconds", "kl"],
     max_kl: float | None = None,
     max_seconds: float | None = None,
-    max_bytes: float | None = None,
+    max_bytes: int | float | None = None,
 ) -> dict[str, Choice]:
     """The best plan within the limits.
 
@@ -135,13 +152,16 @@ def solve(
         at_most(problem.seconds, max_seconds)
     if max_bytes is not None:
         at_most(problem.bytes, max_bytes - problem.fixed_bytes)
-    found = milp(
-        objective,
-        constraints=constraints,
-        integrality=np.ones(objective.size),
-        bounds=cast(Any, Bounds)(0.0, problem.allowed.reshape(-1).astype(float)),  # its stub knows single numbers only
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with _silenced():
+        found = milp(
+            objective,
+            constraints=constraints,
+            integrality=np.ones(objective.size),
+            bounds=cast(Any, Bounds)(
+                0.0, problem.allowed.reshape(-1).astype(float)
+            ),  # its stub knows single numbers only
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if found.x is None:
         limits = {"KL of each role": max_kl, "seconds": max_seconds, "bytes": max_bytes}
         stated = ", ".join(f"{name} <= {limit:.4g}" for name, limit in limits.items() if limit is not None)
