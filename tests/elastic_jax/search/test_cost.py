@@ -58,6 +58,7 @@ def test_unknown_targets_are_refused():
         predict_costs(MISTRAL_SMALL, Workload(1, 1, 1), "gpu9000", STEP)
 
 
+@pytest.mark.slow  # compiles every product of two steps
 def test_costs_of_this_device(checkpoint_of):
     config = checkpoint_of("tiny_mistral").config
     told = []
