@@ -4,6 +4,7 @@
 DIR/elastic.json                   the manifest: config, folders, hashes, source, tool versions
 DIR/weights/<name>/<precision>/    one Orbax checkpoint each: a group, `embedding` or `norms`
 DIR/plans/<mode>.json              which precision each group is computed in
+DIR/frontier.json                  all plans that a search found, if there was one
 DIR/tokenizer/                     the model's own tokenizer files
 DIR/executables/                   compiled units; elsewhere for a checkpoint that nothing may be written to
 ```
@@ -35,6 +36,7 @@ from elastic_jax.checkpoint_format import (
 from elastic_jax.checkpoint_io import describe_file
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import CheckpointError, PlanError
+from elastic_jax.frontier import REQUESTS, Frontier
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.plan import Plan, read_plan, stored_precision
 from elastic_jax.reading import read_to_device
@@ -209,15 +211,21 @@ class Checkpoint:
         ]
 
     def plan(self, mode: str) -> Plan:
-        """The plan of a mode.
+        """The plan of a mode, or the one that a request of the frontier means (`Frontier.resolve`).
 
         Raises:
-            PlanError: there is no such mode (the message names those there are), or its plan is damaged or is for
-                another model.
+            PlanError: there is no such mode (the message names those there are), no plan meets the request, or a plan
+                is damaged or is for another model.
         """
         modes = sorted(path.stem for path in (self.path / PLANS).glob("*.json"))
         if mode not in modes:
-            raise PlanError(f"{self.path} has no mode {mode!r}; modes there: {modes}")
+            frontier = Frontier.read(self.path)
+            plan = None if frontier is None else frontier.plan(mode)
+            if plan is None:
+                searched = f", or of its frontier {REQUESTS}" if frontier else ""
+                raise PlanError(f"{self.path} has no mode {mode!r}; modes there: {modes}{searched}")
+            plan.check(self.config)
+            return plan
         plan = read_plan(self.path / PLANS / f"{mode}.json")
         if plan.name != mode:
             raise PlanError(f"{self.path / PLANS / mode}.json should hold the plan {mode!r}, found {plan.name!r}")

@@ -19,6 +19,7 @@ from elastic_jax.cli_bench import bench
 from elastic_jax.cli_cache import cache_app
 from elastic_jax.cli_chat import chat
 from elastic_jax.cli_doctor import doctor
+from elastic_jax.cli_frontier import cost, frontier, search
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
     CheckpointArgument,
@@ -38,6 +39,7 @@ from elastic_jax.cli_options import (
     print_value,
     progress_bar,
 )
+from elastic_jax.cli_search import calibrate
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.offline import go_offline
@@ -267,7 +269,7 @@ app.command()(generate)
 
 # -- commands in files of their own ------------------------------------------------------------------------------------
 
-for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor):
+for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor, calibrate, cost, search, frontier):
     app.command()(_command)
 app.add_typer(cache_app, name="cache")
 
@@ -276,8 +278,6 @@ app.add_typer(cache_app, name="cache")
 
 # What follows the bench's name is passed on, options too.
 app.command(context_settings={"allow_interspersed_args": False})(bench)
-
-
 # -- push --------------------------------------------------------------------------------------------------------------
 
 

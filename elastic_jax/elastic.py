@@ -77,7 +77,7 @@ class ElasticMistral:
     def load(
         cls,
         path: str | Path,
-        mode: str = "M",
+        mode: str | float = "M",
         *,
         on_missing: OnMissing = "error",
         dtype: ComputeDtype | None = None,
@@ -96,7 +96,8 @@ class ElasticMistral:
         Args:
             path: an Elastic checkpoint; or, where there is no such folder, a Hub id `owner/name`, of which only what
                 the mode needs is downloaded.
-            mode: one of its modes.
+            mode: one of its modes; or, after a search, a place on its frontier, 0.0 (the fastest) to 1.0 (the
+                original), or a request such as `"max-loss=1%"` (`Frontier.resolve`).
             on_missing: what to do without fitting executables: raise, or compile and store them, and say so.
             dtype: compute type, bfloat16 by default; float32 is for checks.
             kv_slots: tokens of the KV pool, which all sequences share: one of the pools that are compiled. By default
@@ -132,7 +133,7 @@ class ElasticMistral:
             with phases.measure("download"):
                 fetched = fetch_mode(
                     str(path),
-                    mode,
+                    str(mode),
                     dtype=dtype or "bfloat16",
                     device=device,
                     max_context=max_context,
@@ -148,7 +149,7 @@ class ElasticMistral:
             checkpoint = Checkpoint.open(path)
         threads = default_workers() if workers is None else workers
         with phases.measure("plan"):
-            plan = checkpoint.plan(mode)
+            plan = checkpoint.plan(str(mode))
             checkpoint.folders(plan)  # executables would be of no use without the weights
             store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
             pool = usable_pool(

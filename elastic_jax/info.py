@@ -93,7 +93,7 @@ def render(info: dict[str, Any]) -> str:
         groups = ", ".join(f"{count} {choice}" for choice, count in mode["choices"].items())
         mark = "  (provisional)" if mode["provisional"] else ""
         lines.append(f"{mode['mode']:5s} {size:11s} {groups}{mark}")
-    notes = {mode["note"] for mode in info["modes"] if mode["provisional"]}
+    notes = {mode["note"] if mode["provisional"] else f"{mode['mode']}: {mode['note']}" for mode in info["modes"]}
     lines += ["", *sorted(notes)] if notes else []
     lines.append("")
     if not info["executables"]:

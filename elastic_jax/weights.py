@@ -20,7 +20,8 @@ type Weights = dict[str, Any]
 """`embedding`, `final_norm`, `layers.<i>.attention_norm`, `layers.<i>.mlp_norm`, and every group by its name; a tied
 language-model head in bf16 is left out."""
 
-_PROMPT_ACTIVATIONS: dict[Choice, Activations] = {"w8a16": "a16", "w8a8b": "a8b", "w8a8": "a8"}
+PROMPT_ACTIVATIONS: dict[Choice, Activations] = {"w8a16": "a16", "w8a8b": "a8b", "w8a8": "a8"}
+"""How a choice of int8 weights rounds prompt tokens' activations."""
 
 
 def _norm_names(config: ModelConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -59,7 +60,7 @@ def abstract_weights(config: ModelConfig, plan: Plan, dtype: ComputeDtype) -> We
         if stored_precision(choice) == "int8":
             values = jax.ShapeDtypeStruct((group.out_size, group.in_size), jnp.int8)
             scales = jax.ShapeDtypeStruct((group.out_size, 1), jnp.float32)
-            weights[name] = QArray(values, scales, _PROMPT_ACTIVATIONS[choice])
+            weights[name] = QArray(values, scales, PROMPT_ACTIVATIONS[choice])
         elif not _is_embedding(config, name, choice):
             weights[name] = floats(group.out_size, group.in_size)
     return weights
@@ -104,7 +105,7 @@ def load_weights(
         choice = plan.choices[name]
         if stored_precision(choice) == "int8":
             stored = folders[name, "int8"]
-            weights[name] = QArray(stored["values"], stored["scales"], _PROMPT_ACTIVATIONS[choice])
+            weights[name] = QArray(stored["values"], stored["scales"], PROMPT_ACTIVATIONS[choice])
         elif not _is_embedding(config, name, choice):
             weights[name] = floats(folders[name, "bf16"]["values"])
     _check(weights, abstract_weights(config, plan, dtype))
