@@ -220,8 +220,9 @@ def takes_head(weight: Any, rows: int) -> bool:
     """
     if not 1 <= rows <= MOST_TOKENS:
         return False
+    capability = compute_capability(_NAME, _INSTEAD)
     try:
-        _choose(compute_capability(_NAME, _INSTEAD), weight, rows, paired=False, whole=True)
+        _choose(capability, weight, rows, paired=False, whole=True)
     except ConfigError:
         return False
     return True

@@ -84,7 +84,7 @@ class Forward:
         integer = load_weights(checkpoint, plans["L"], "float32", device, workers=workers, progress=None)
         self._integer: Weights = {name: weight for name, weight in integer.items() if isinstance(weight, QArray)}
         self._device = device
-        self._names = kernels.default_names(self.config, device.platform)
+        self._names = kernels.default_names(self.config, device.platform, "float32")
 
     def over(self, windows: Int32[np.ndarray, "windows length"]) -> "Forward":
         """The same model and device over other text; weights are shared."""

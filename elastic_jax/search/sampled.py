@@ -58,7 +58,7 @@ def sample(
     for row, start in zip(given, starts, strict=True):
         row[: len(start)] = start
     given, lengths = jnp.asarray(given), jnp.asarray([len(start) for start in starts], jnp.int32)
-    names, key = kernels.default_names(config, device.platform), jax.random.key(seed)
+    names, key = kernels.default_names(config, device.platform, "bfloat16"), jax.random.key(seed)
     tokens = given
     for position in range(length - 1):
         tokens, kv = _next(weights, tokens, kv, lengths, jnp.int32(position), key, config, names)
@@ -86,7 +86,7 @@ def _next(
     position: Any,
     key: Any,
     config: ModelConfig,
-    names: tuple[str, str],
+    names: tuple[str, str, str],
 ) -> tuple[Any, tuple[Any, ...]]:
     """Reads the tokens at a position, and draws those after it that are not given."""
     rows, length = tokens.shape
@@ -102,7 +102,12 @@ def _next(
         page_size=_PAGE,
     )
     model = Mistral(
-        config, weights, attention=kernels.attention(names[0]), dot=kernels.dot(names[1]), dtype=jnp.dtype("bfloat16")
+        config,
+        weights,
+        attention=kernels.attention(names[0]),
+        dot=kernels.dot(names[1]),
+        decode=kernels.decode(names[2]),
+        dtype=jnp.dtype("bfloat16"),
     )
     x, kv = model(jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False), kv, batch)
     drawn = jax.random.categorical(jax.random.fold_in(key, position), model.logits(x), axis=-1).astype(jnp.int32)

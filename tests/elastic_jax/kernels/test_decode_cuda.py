@@ -1,4 +1,4 @@
-"""What needs no GPU: sizes, the committed library, and what is refused. `benches/decode.py` checks the results on one."""
+"""What needs no GPU: sizes, the committed library, what is refused. `benches/decode.py` checks the results on one."""
 
 import ctypes
 import dataclasses
