@@ -140,7 +140,7 @@ def solve(
     one = np.kron(np.eye(shape[0]), np.ones(shape[1]))
     constraints = [LinearConstraint(one, 1, 1)]
 
-    def at_most(table: np.ndarray, limit: float) -> None:
+    def at_most(table: np.ndarray, limit: int | float) -> None:
         # In units of the limit, which the solver's tolerances are made for; a limit of nothing allows only zeros.
         scale = limit if limit > 0 else 1e-12
         constraints.append(LinearConstraint(table.reshape(1, -1) / scale, -np.inf, 1.0 if limit > 0 else 0.0))
