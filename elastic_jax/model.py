@@ -36,7 +36,7 @@ class Linear(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "tokens in"], *, generated: int, gated: bool = False
-    ) -> Float[Array, "tokens out"]:
+    ) -> Float[Array, "tokens columns"]:
         """Multiplies; the first `generated` rows are generated tokens. `gated` as in `Dot`."""
         return self.dot(x, self.weight.get_value(), generated=generated, gated=gated)
 

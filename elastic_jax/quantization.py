@@ -141,7 +141,7 @@ def swiglu(gate_up: Float[Array, "tokens both"]) -> Float[Array, "tokens half"]:
 
 def _quantized_dot(
     x: Float[Array, "tokens in"], weight: QArray, wide: int, integer_dot: IntegerDot, gated: bool
-) -> Float[Array, "tokens out"]:
+) -> Float[Array, "tokens columns"]:
     """The first `wide` tokens bring two planes each, the others one; all rows share one integer dot."""
     planes: list[Array] = []
     scales: list[Array] = []
@@ -190,7 +190,7 @@ def dot(
     generated: int,
     integer_dot: IntegerDot,
     gated: bool = False,
-) -> Float[Array, "tokens out"]:
+) -> Float[Array, "tokens columns"]:
     """Multiplies tokens by a weight stored [out, in]; the weight's type decides how.
 
     Args:

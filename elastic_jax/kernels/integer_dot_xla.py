@@ -30,15 +30,17 @@ def multiply(
     """
     blocks = row_scales.shape[1]
     size = x.shape[1] // blocks
-    total = None
-    for block in range(blocks):
+
+    def block_sum(block: int) -> Float32[Array, "rows out"]:
         columns = slice(block * size, (block + 1) * size)
         part, weight = (x, values) if blocks == 1 else (x[:, columns], values[:, columns])
         # int32 must be asked for: an int8 result takes a slow path on GPU. Sums fit: 32768 * 127 * 128 < 2**31.
         sums = jax.lax.dot_general(part, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-        scaled = sums.astype(jnp.float32) * row_scales[:, block, None]
-        total = scaled if total is None else total + scaled
-    assert total is not None  # there is a block
+        return sums.astype(jnp.float32) * row_scales[:, block, None]
+
+    total = block_sum(0)
+    for block in range(1, blocks):
+        total = total + block_sum(block)
     return total * scales[:, 0][None, :]
 
 

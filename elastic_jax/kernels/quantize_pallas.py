@@ -14,9 +14,6 @@ from elastic_jax.quantization import quantize_8bit as quantize_8bit_reference
 _FEW = 16
 """Rows up to which XLA fuses the rounding with what is before it, and a kernel of its own would only wait longer."""
 
-_ROUND = 12582912.0
-"""1.5 * 2**23: added to a float32 below 2**22 and taken off again, it leaves the nearest integer, ties to even."""
-
 
 def quantize_8bit(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows 1"]]:
     """`quantization.quantize_8bit`."""
@@ -45,6 +42,10 @@ def quantize_kernel(x_ref: Any, plane_ref: Any, scale_ref: Any, *, block: int) -
     x = triton.load(x_ref.at[row, column], mask=live, other=jnp.zeros((), x_ref.dtype)).astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=0) / 127
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-    rounded = jnp.clip(x / scale + _ROUND - _ROUND, -127, 127)
-    triton.store(plane_ref.at[row, column], rounded.astype(jnp.int8), mask=live)
+    above = x / scale + 0.5
+    nearest = jnp.floor(above)
+    # Of two equally near, the even one. The backend has no rounding to even.
+    odd_tie = (above == nearest) & (nearest != 2 * jnp.floor(nearest / 2))
+    nearest = jnp.clip(jnp.where(odd_tie, nearest - 1, nearest), -127, 127)
+    triton.store(plane_ref.at[row, column], nearest.astype(jnp.int8), mask=live)
     triton.store(scale_ref.at[row, jnp.zeros(1, jnp.int32)], jnp.full(1, scale))

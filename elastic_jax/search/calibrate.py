@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aot_cache.target import Device
 from converters.conversion import tool_versions
 from converters.quantize import quantize_int8
 from elastic_jax.checkpoint import Checkpoint
@@ -89,7 +90,7 @@ def calibrate(
     text: Text,
     *,
     strengths: Sequence[float],
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+    device: Device,
     workers: int,
     progress: Steps,
 ) -> Calibrated:
@@ -157,7 +158,7 @@ def calibrate(
 def _arrays(
     source: Checkpoint,
     folder: FolderName,
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]
+    device: Device,
     workers: int,
 ) -> dict[str, jax.Array]:
     return source.restore([folder], device, workers)[folder]

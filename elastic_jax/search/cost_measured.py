@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aot_cache.target import Device
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
@@ -40,7 +41,7 @@ def measure_costs(
     config: ModelConfig,
     workload: Workload,
     step: StepConfig,
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+    device: Device,
     *,
     progress: Steps,
 ) -> Costs:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
+from aot_cache.target import Device
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
@@ -74,7 +75,7 @@ class Forward:
         self,
         checkpoint: Checkpoint,
         windows: Int32[np.ndarray, "windows length"],
-        device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+        device: Device,
         workers: int,
     ) -> None:
         self.config = checkpoint.config

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int32
 
+from aot_cache.target import Device
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ def sample(
     length: int,
     *,
     seed: int,
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+    device: Device,
     workers: int,
 ) -> Int32[np.ndarray, "count length"]:
     """Sequences drawn from the model at temperature 1, in bfloat16, all at once.

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Int32
 
+from aot_cache.target import Device
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ConfigError
 from elastic_jax.loading import Say
@@ -53,7 +53,7 @@ def get_text(
     file: Path | None,
     tasks: Sequence[Path],
     seed: int,
-    device: jax.Device,  # pyright: ignore[reportInvalidTypeForm]  (jaxlib has no stub for it)
+    device: Device,
     workers: int,
     say: Say,
 ) -> Text:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_jax import kernels
-from elastic_jax.errors import ConfigError
 from elastic_jax.quantization import QArray, activation_blocks, quantize, quantize_8bit, quantize_16bit
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -248,13 +247,6 @@ def test_generated_rows_beside_block_scales_keep_16_bits():
     # The planes are equal; float32 adds the blocks' sums in another order.
     np.testing.assert_allclose(together[:2], alone[:2], rtol=1e-5, atol=1e-6 * np.abs(alone[:2]).max())
     assert (np.abs(together[2:] - alone[2:]).max(axis=1) > 1e-4 * np.abs(alone[2:]).max(axis=1)).all()
-
-
-def test_the_pallas_dot_refuses_block_scales():
-    x = jax.ShapeDtypeStruct((4, 64), jnp.float32)
-    q = QArray(jax.ShapeDtypeStruct((32, 64), jnp.int8), jax.ShapeDtypeStruct((32, 1), jnp.float32), "a8b")
-    with pytest.raises(ConfigError, match=r"one scale a row, found 2 \(the choice w8a8b\): use the one called 'xla'"):
-        jax.eval_shape(lambda x, q: kernels.dot("pallas")(x, q, generated=0), x, q)
 
 
 @pytest.mark.parametrize("prompt_activations", ["a8", "a16"])
