@@ -94,7 +94,7 @@ class Case:
 
     def compile(self, tiles: DotTiles) -> Any:
         def call(x: Any, row_scales: Any, scales: Any, *weights: Any) -> Any:
-            return [run(x, row_scales, weight, scales, tiles, interpret=False) for weight in weights]
+            return [run(x, row_scales, weight, scales, tiles, gated=False, interpret=False) for weight in weights]
 
         try:
             return jax.jit(call).lower(self.x, self.row_scales, self.scales, *self.weights).compile()

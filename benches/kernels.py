@@ -118,7 +118,7 @@ def integer_dots(config: ModelConfig, implementations: Sequence[str]) -> Iterabl
                 row_scales = jax.random.uniform(keys[1], (count, 1), minval=0.5)
                 scales = jax.random.uniform(keys[2], (outputs, 1), minval=0.5)
                 layers = [(x, row_scales, _int8(key, (outputs, inputs)), scales) for key in keys[3:]]
-                return Made(kernels.INTEGER_DOT[implementation], layers, _exact_integer_dot, 1e-6)
+                return Made(kernels.INTEGER_DOT[implementation].multiply, layers, _exact_integer_dot, 1e-6)
 
             work = f"{name} [{out}, {contraction}], {rows} rows"
             operations = 2 * rows * out * contraction

@@ -219,7 +219,7 @@ def _half(
     config: ModelConfig,
     shape: tuple[int, int],
     role: Role,
-    names: tuple[str, str],
+    names: tuple[str, str, str],
     *,
     capture: bool,
 ) -> tuple[Array, tuple[Array, ...]]:

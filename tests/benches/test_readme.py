@@ -29,6 +29,8 @@ def folder(tmp_path: Path) -> Path:
     """The committed results, and a latency table."""
     results = tmp_path / "results"
     for file in readme.RESULTS.glob("*/*.json"):
+        if file.name == "latency.json":  # the one below is the only one
+            continue
         (results / file.parent.name).mkdir(parents=True, exist_ok=True)
         (results / file.parent.name / file.name).write_bytes(file.read_bytes())
     write_result(results / "nvidia-x1" / "latency.json", result())

@@ -14,7 +14,7 @@ from elastic_jax.groups import model_groups
 from elastic_jax.plan import MODES, provisional_plans
 from elastic_jax.quantization import QArray
 from elastic_jax.step import Bucket, StepInputs, abstract_inputs, abstract_state
-from elastic_jax.units import make_units, step_name
+from elastic_jax.units import make_units, step_name, top_name
 from elastic_jax.weights import abstract_weights, weight_bytes
 
 VOCAB, HIDDEN, LAYERS = 131072, 5120, 40
@@ -81,12 +81,12 @@ def test_what_the_host_sends_for_contexts_of_128k(bucket):
     assert sum(sizes.values()) <= 4 * (4 * bucket.tokens + 2 * step.rows + bucket.outputs(step.rows))
 
 
-@pytest.mark.parametrize(("mode", "count"), [("XL", 296), ("S", 457)])
+@pytest.mark.parametrize(("mode", "count"), [("XL", 295), ("S", 456)])
 def test_arguments_of_a_step(mode, count):
     # Weights: embedding, 81 norms and 161 groups, with a scale each where they are integers. Then caches, row state,
-    # inputs and the switch; sampling adds its parameters.
+    # and inputs; sampling adds its parameters.
     groups = 161 if mode == "XL" else 2 * 161
-    assert count == 1 + 81 + groups + LAYERS + 5 + 7 + 1
+    assert count == 1 + 81 + groups + LAYERS + 5 + 7
     assert len(units(mode)["step.d1.p0.greedy"].arguments) == count
     assert len(units(mode)["step.d1.p0.sampling"].arguments) == count + 11
 
@@ -96,6 +96,7 @@ def test_units_of_the_gpu_buckets():
     assert len(STEP.buckets) == 12
     expected = {step_name(b, v) for b in STEP.buckets for v in ("greedy", "sampling")}
     expected |= {step_name(b, "score") for b in STEP.buckets if not b.generated}
+    expected |= {top_name(outputs) for outputs in (1, 2, 4, 8, 16, 32, 64, 128)}
     assert names == expected | {"admit", "copy_page", "start"}
 
 
@@ -120,11 +121,11 @@ def test_steps_trace(mode, bucket, variant):
     assert [(x.shape, x.dtype) for x in out[: len(state)]] == [(x.shape, x.dtype) for x in state]
     rest = [(x.shape, x.dtype.name) for x in out[len(state) :]]
     rows = bucket.prompt if variant == "score" else bucket.outputs(STEP.rows)
-    top = [((rows, 20), "int32"), ((rows, 20), "float32"), ((rows,), "bool")]
     if variant == "score":
-        assert rest == [((rows,), "float32"), ((rows,), "int32"), *top]
+        top = [((rows, 20), "int32"), ((rows, 20), "float32")]
+        assert rest == [((rows,), "float32"), ((rows,), "int32"), *top, ((rows,), "bool")]
     else:
-        assert rest == [((rows,), "int32"), ((rows,), "float32"), *top, ((rows, VOCAB), "float32")]
+        assert rest == [((rows,), "int32"), ((rows,), "float32"), ((rows,), "bool"), ((rows, VOCAB), "float32")]
 
 
 @pytest.mark.parametrize("mode", MODES)

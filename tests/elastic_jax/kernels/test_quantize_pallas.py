@@ -20,7 +20,7 @@ def test_equals_the_reference(width, dtype):
     # A quotient may fall on either side of a tie.
     difference = np.abs(np.asarray(plane, np.int32) - np.asarray(expected, np.int32))
     assert difference.max() <= 1
-    assert (difference > 0).mean() < 1e-3
+    assert (difference > 0).mean() < 5e-3
     assert scale[3, 0] == 1
     assert not np.asarray(plane[3]).any()
 
