@@ -231,9 +231,9 @@ def _half(
         # As of a prompt, whatever role the products have: every position is computed at once.
         return kernels.attention(names[0])(query, kv, dataclasses.replace(batch, generated=0))
 
-    def dot(x: Array, weight: Any, *, generated: int) -> Array:
-        captured.append(x)
-        return named_dot(x, weight, generated=generated)
+    def dot(x: Array, weight: Any, *, generated: int, gated: bool = False) -> Array:
+        captured.append(x.astype(jnp.float32))
+        return named_dot(x, weight, generated=generated, gated=gated)
 
     normed = RMSNorm(weights[_HALVES[half][0]], config.rms_norm_eps)(x)
     if half == "attention":
