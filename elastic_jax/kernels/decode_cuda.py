@@ -11,6 +11,7 @@ A layer's last product is handed to the next layer unadded, so that it may be sp
 
 import ctypes
 import functools
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -42,7 +43,8 @@ _HEADS = {(64, 1), (64, 3), (64, 4), (128, 1), (128, 4)}
 
 _WARPS, _CHUNK, _TILE_ROWS = 16, 64, 8
 _SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Bytes that a block may have, by compute capability (CUDA programming guide, technical specifications)."""
+"""Bytes that a block may have, by compute capability (CUDA programming guide, technical specifications). The library
+has machine code for 8.0, 8.9 and 9.0, which later ones of the same generation run and others do not."""
 
 _MULTIPROCESSORS = 256
 """No fewer than any supported GPU has; sizes a small buffer."""
@@ -93,11 +95,13 @@ def register() -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Refuses models that the kernels are not made for.
+    """Refuses models that the kernels are not made for, and CUDA 12.
 
     Raises:
         ConfigError: it is so.
     """
+    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+        raise ConfigError(f"{_NAME} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {_INSTEAD}")
     shape = config.head_dim, config.num_heads // config.num_kv_heads
     if shape not in _HEADS or config.num_heads % config.num_kv_heads:
         raise ConfigError(
@@ -282,7 +286,8 @@ def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: b
 
 def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
     """Every size that fits, the one that usually is fastest first."""
-    known = max((known for known in _SHARED_MEMORY if known <= capability), default=None)
+    running = [known for known in _SHARED_MEMORY if known <= capability and known // 10 == capability // 10]
+    known = max(running, default=None)
     shared = 0 if known is None else _SHARED_MEMORY[known]
     out, contraction = weight.shape
     quantized = isinstance(weight, QArray)

@@ -60,6 +60,18 @@ def test_smaller_gpus_take_fewer_tokens(capability):
         decode_cuda._choose(capability, weight, 16, paired=True, whole=True)
 
 
+def test_gpus_of_other_generations_are_left_to_the_composed_step():
+    for capability in (70, 75, 100, 120):
+        weight = weight_of("S", "layers.0.o")
+        assert not list(decode_cuda._fitting(capability, weight, 1, paired=False, whole=False))
+
+
+def test_cuda_12_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    with pytest.raises(ConfigError, match="CUDA 12"):
+        decode_cuda.check_model(MISTRAL_SMALL)
+
+
 def test_measured_tiles_are_for_weights_of_mistral_small():
     shapes = {(group.out_size, group.in_size) for group in model_groups(MISTRAL_SMALL).values()}
     table = decode_cuda._measured_tiles()
