@@ -43,7 +43,7 @@ def greedy(checkpoint: Checkpoint, mode: str, dtype: ComputeDtype, prompts: list
     units = [
         unit
         for unit in make_units(checkpoint.config, plan, step)
-        if unit.name.endswith(("greedy", "admit", "start", "copy_page"))
+        if unit.name.endswith(("greedy", "admit", "start", "copy_page")) or unit.name.startswith("top.")
     ]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "store"

@@ -101,6 +101,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
 
     from aot_cache.manifest import read_manifest
     from aot_cache.store import load
+    from elastic_jax import kernels
     from elastic_jax.engine import Engine
     from elastic_jax.groups import model_groups
     from elastic_jax.plan import provisional_plans
@@ -109,6 +110,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
 
     device = jax.devices()[0]
     config, step = sizes(arguments.layers, arguments.small)
+    kernels.prepare_to_load(step.decode)
     start = time.perf_counter()
     units = load(
         store, {}, device, root=store.parent, units=None, trust=True, workers=arguments.workers, hint="", preload=True
