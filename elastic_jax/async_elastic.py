@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,7 +63,7 @@ class AsyncElasticMistral:
             stop.set()
             raise
 
-    async def stream(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> AsyncIterator[Piece]:
+    async def stream(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> AsyncGenerator[Piece]:
         """Pieces of the answers as they come: `async for piece in model.stream("Once")`.
 
         Arguments and errors are those of `ElasticMistral.generate`; an error comes with the first piece.

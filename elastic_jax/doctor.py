@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -216,9 +215,8 @@ def _checkpoint(path: Path) -> list[Finding]:
     findings = [Finding("checkpoint", "ok", str(path))]
     for plan in opened.stored_plans():
         store = ModeStore(opened, plan, "bfloat16", default_device())
-        ignore: Callable[[str], None] = lambda _: None  # noqa: E731
         try:
-            pool = choose_pool(store, kv_slots=None, max_context=None, say=ignore)
+            pool = choose_pool(store, kv_slots=None, max_context=None, say=lambda _: None)
         except ElasticError as error:
             absent = not store.pools
             found = "not compiled for this device" if absent else str(error)

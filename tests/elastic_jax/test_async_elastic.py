@@ -54,7 +54,7 @@ def test_who_stops_listening_ends_the_answer(model: AsyncElasticMistral) -> None
         stream = model.stream("one", max_new_tokens=200, ignore_end=True)
         async for _ in stream:
             break
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
     asyncio.run(listen())
     assert len(sync(model).generate("two", max_new_tokens=3, ignore_end=True).token_ids) == 3

@@ -1,6 +1,5 @@
 """The commands as they are called: what they print where, and what status they end with."""
 
-import contextlib
 import io
 import json
 import os
@@ -417,19 +416,24 @@ def test_a_reader_that_goes_away_leaves_no_traceback(folder: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def wait_until_it_reads(process: int) -> None:
+    """Until a process waits for its standard input, which is a pipe; the kernel tells where it sleeps."""
+    end = time.monotonic() + 120
+    while "pipe_read" not in Path(f"/proc/{process}/wchan").read_text():
+        assert time.monotonic() < end, "it never read its standard input"
+        time.sleep(0.05)
+
+
 def test_an_interruption_leaves_no_traceback(folder: Path) -> None:
     command = [sys.executable, "-m", "elastic_jax", "generate", str(folder)]
     pipe, pipe_end = os.pipe()
     with subprocess.Popen(command, stdin=pipe, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
-        time.sleep(3)  # it waits for its prompt by then, unless the machine is busy
-        err = None
-        for _ in range(20):  # while it still starts, an import may swallow the signal
+        try:
+            wait_until_it_reads(process.pid)
             process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                _, err = process.communicate(timeout=3)
-                break
-        process.kill()
-    assert err is not None, "it went on after twenty interruptions"
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     os.close(pipe)
     os.close(pipe_end)
     assert process.returncode == 130
