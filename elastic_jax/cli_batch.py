@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from elastic_jax.cli_load import KvSlotsOption, MaxContextOption, OnMissingOption, TrustOption, load_model
 from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
@@ -18,12 +19,10 @@ from elastic_jax.cli_options import (
     ModeOption,
     RevisionOption,
     TokenOption,
-    hide_hub_progress,
     note,
     print_value,
 )
 from elastic_jax.errors import RequestError
-from elastic_jax.hub_id import is_remote
 
 
 def batch(
@@ -31,29 +30,24 @@ def batch(
     source: Annotated[Path, typer.Argument(help="Requests in OpenAI's batch format.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The answers; continued if it is there.", show_default=False)],
     mode: ModeOption = "M",
-    on_missing: Annotated[
-        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
-    ] = "error",
-    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
+    on_missing: OnMissingOption = "error",
+    trust: TrustOption = False,
     dtype: DtypeOption = "bfloat16",
-    kv_slots: Annotated[int | None, typer.Option(min=1, help="The KV pool, of those compiled.")] = None,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    kv_slots: KvSlotsOption = None,
+    max_context: MaxContextOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a file of requests. The same command continues after an interruption; bad lines get an error each."""
     from elastic_jax.batch_run import read_done, run_batch
-    from elastic_jax.elastic import ElasticMistral
 
     if not source.is_file():
         raise RequestError(f"there is no file {source}: give one with a request in OpenAI's batch format a line")
     if out.exists() and out.samefile(source):
         raise RequestError(f"{out} is the file of requests itself: name another for the answers")
     read_done(source, out)  # what is refused is refused before anything is loaded
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-    model = ElasticMistral.load(
+    model = load_model(
         checkpoint,
         mode,
         on_missing=on_missing,
@@ -63,7 +57,8 @@ def batch(
         trust=trust,
         revision=revision,
         token=token,
-        say=lambda message: note(message, as_json),
+        preload=True,
+        as_json=as_json,
     )
     stop = threading.Event()
     previous = signal.signal(signal.SIGINT, lambda *_: stop.set())

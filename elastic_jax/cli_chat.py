@@ -8,10 +8,23 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elastic_jax.cli_load import (
+    KvSlotsOption,
+    MaxContextOption,
+    MinPOption,
+    OnMissingOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TrustOption,
+    load_model,
+)
 from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
@@ -19,11 +32,9 @@ from elastic_jax.cli_options import (
     ModeOption,
     RevisionOption,
     TokenOption,
-    hide_hub_progress,
     note,
 )
 from elastic_jax.errors import ElasticError, RequestError
-from elastic_jax.hub_id import is_remote
 
 if TYPE_CHECKING:
     from elastic_jax.chat import Conversation, Turn
@@ -44,32 +55,26 @@ def chat(
     mode: ModeOption = "M",
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer; 256.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the most likely with this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
-    on_missing: Annotated[
-        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
-    ] = "error",
-    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = None,
+    on_missing: OnMissingOption = "error",
+    trust: TrustOption = False,
     dtype: DtypeOption = "bfloat16",
-    kv_slots: Annotated[int | None, typer.Option(min=1, help="The KV pool, of those compiled.")] = None,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    kv_slots: KvSlotsOption = None,
+    max_context: MaxContextOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk with a model; /help lists what can be typed. Lines of a pipe are said one by one."""
     from elastic_jax.chat import Conversation
-    from elastic_jax.elastic import ElasticMistral
 
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-
-    def load(name: str) -> ElasticMistral:
-        return ElasticMistral.load(
+    def load(name: str) -> "ElasticMistral":
+        return load_model(
             checkpoint,
             name,
             on_missing=on_missing,
@@ -79,7 +84,8 @@ def chat(
             trust=trust,
             revision=revision,
             token=token,
-            say=lambda message: note(message, as_json),
+            preload=True,
+            as_json=as_json,
         )
 
     sampling = {

@@ -2,10 +2,23 @@
 
 import json
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from elastic_jax.cli_load import (
+    KvSlotsOption,
+    MaxContextOption,
+    MinPOption,
+    OnMissingOption,
+    RepetitionPenaltyOption,
+    SeedOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TrustOption,
+    load_model,
+)
 from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
@@ -13,11 +26,9 @@ from elastic_jax.cli_options import (
     ModeOption,
     RevisionOption,
     TokenOption,
-    hide_hub_progress,
     note,
 )
 from elastic_jax.errors import RequestError
-from elastic_jax.hub_id import is_remote
 
 
 def generate(
@@ -29,25 +40,21 @@ def generate(
     mode: ModeOption = "M",
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most new tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample among the k most likely; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample among the most likely with this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids what was said.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal answers.")] = None,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: RepetitionPenaltyOption = 1.0,
+    seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; repeat for more.")] = None,
-    on_missing: Annotated[
-        Literal["error", "compile"], typer.Option(help="Without executables: fail, or compile.")
-    ] = "error",
-    trust: Annotated[bool, typer.Option("--trust", help="Run executables that somebody else made.")] = False,
+    on_missing: OnMissingOption = "error",
+    trust: TrustOption = False,
     no_compile: Annotated[
         bool, typer.Option("--no-compile", help="Forbid tracing and compiling, and count it.")
     ] = False,
     dtype: DtypeOption = "bfloat16",
-    kv_slots: Annotated[
-        int | None, typer.Option(min=1, help="The KV pool, of those compiled; the largest that fits by default.")
-    ] = None,
-    max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
+    kv_slots: KvSlotsOption = None,
+    max_context: MaxContextOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
@@ -61,13 +68,10 @@ def generate(
     counter = CompileCounter()
     if no_compile:
         forbid_compilation()
-    from elastic_jax.elastic import ElasticMistral
 
     imported = time.perf_counter()
     text = prompt if prompt is not None else _read_standard_input()
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-    model = ElasticMistral.load(
+    model = load_model(
         checkpoint,
         mode,
         on_missing=on_missing,
@@ -78,7 +82,7 @@ def generate(
         revision=revision,
         token=token,
         preload=False,  # one answer needs a few of them
-        say=lambda message: note(message, as_json),
+        as_json=as_json,
     )
     loaded = time.perf_counter()
     pieces = model.generate(
