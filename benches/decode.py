@@ -217,41 +217,25 @@ def measure(config: Any, mode: str, weights: Any, tokens: int, context: int, dec
 
 
 def tune(config: Any, mode: str, weights: Any, tokens: int, context: int, steps: int) -> list[dict[str, Any]]:
-    """Tiles of each product, tried one product after the other with the best of those before."""
-    choose = decode_cuda._choose
-    best: dict[tuple[int, int], decode_cuda.ProductTiles] = {}
-
-    def patched(capability: int, weight: Any, rows: int, *, paired: bool, whole: bool) -> Any:
-        found = best.get(tuple(weight.shape))
-        return found or choose(capability, weight, rows, paired=paired, whole=whole)
-
-    decode_cuda._choose = patched
+    """Tiles of each product, tried one product after the other with the best of those before, which stay in use."""
+    capability = int(jax.devices()[0].compute_capability.replace(".", ""))
+    precision = "bf16" if mode == "XL" else "int8"
     rows = []
-    shapes = {"gate_up": (True, True), "down": (False, False), "qkv": (False, False), "o": (False, False)}
-    for name, (paired, whole) in shapes.items():
+    for name in ("gate_up", "down", "qkv", "o"):
         weight = weights[f"layers.0.{name}"]
+        out, contraction = weight.shape
+        paired = name == "gate_up"
+        entry = decode_cuda.measured_tiles().setdefault((capability, precision, out, contraction), {})
+        fitting = list(decode_cuda.fitting_tiles(capability, weight, tokens, paired=paired, whole=paired))
         tried = []
-        fitting = list(decode_cuda._fitting(90, weight, tokens, paired=paired, whole=whole))
         for tiles in [t for t in fitting if t.parts <= max(2, fitting[0].parts * 2)][:5]:
-            best[tuple(weight.shape)] = tiles
-            jax.clear_caches()
+            entry[tokens] = tiles
             seconds = float(np.median(Step(config, mode, tokens, context, "cuda", weights).seconds(steps, 3)))
             tried.append((seconds, tiles))
-        tried.sort()
-        best[tuple(weight.shape)] = tried[0][1]
-        for seconds, tiles in tried:
             print(f"  {mode} {tokens} {name} {tuple(tiles)} {seconds * 1e3:.3f} ms", flush=True)
-        rows.append(
-            {
-                "capability": 90,
-                "precision": "bf16" if mode == "XL" else "int8",
-                "out": weight.shape[0],
-                "contraction": weight.shape[1],
-                "tokens": tokens,
-                "tiles": tried[0][1]._asdict(),
-            }
-        )
-    decode_cuda._choose = choose
+        entry[tokens] = min(tried)[1]
+        shape = {"capability": capability, "precision": precision, "out": out, "contraction": contraction}
+        rows.append({**shape, "tokens": tokens, "tiles": entry[tokens]._asdict()})
     return rows
 
 
@@ -297,7 +281,6 @@ def main() -> None:
                 tuned += tune(short, mode, weights, tokens, arguments.contexts[0], arguments.steps)
             if arguments.tiles:
                 arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
-                decode_cuda._measured_tiles.cache_clear()
         weights = draw(config, mode)
         for tokens in arguments.tokens:
             for context in arguments.contexts:

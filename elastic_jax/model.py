@@ -55,13 +55,17 @@ class RMSNorm(nnx.Module):
         return x * scale * self.weight.get_value().astype(jnp.float32)[None, :]
 
 
+def rotary_frequencies(head_dim: int, theta: float) -> Float32[Array, " half"]:
+    """Radians a position of the rotary embedding: theta**(-2i / head_dim)."""
+    # In float64 on the host: a float32 power would be off by whole radians at long contexts.
+    return jnp.asarray(np.float32(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)))
+
+
 def rotation(
     position: Int32[Array, " tokens"], head_dim: int, theta: float
 ) -> tuple[Float32[Array, "tokens half"], Float32[Array, "tokens half"]]:
     """Cosine and sine of the rotary embedding's angles (Su et al., arXiv:2104.09864): position / theta**(2i/dim)."""
-    # In float64 on the host: a float32 power would be off by whole radians at long contexts.
-    frequency = jnp.asarray(np.float32(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)))
-    angle = position.astype(jnp.float32)[:, None] * frequency[None, :]
+    angle = position.astype(jnp.float32)[:, None] * rotary_frequencies(head_dim, theta)[None, :]
     return jnp.cos(angle), jnp.sin(angle)
 
 

@@ -22,8 +22,7 @@ type Activations = Literal["a8", "a8b", "a16"]
 of the contraction (`activation_blocks`), or to 16 bits. A generated token's are always 16-bit."""
 
 _BLOCKS = 10
-"""Blocks along the contraction that `a8b` comes closest to. On SmolLM2-135M nine blocks have a quarter of the error of
-one."""
+"""Blocks along the contraction that `a8b` comes closest to: a few outliers then spoil the scale of a tenth."""
 
 _BLOCK_MULTIPLE = 32
 """What a block's length is a multiple of where the contraction is: the depth of the tensor cores' int8 tile."""

@@ -2,9 +2,9 @@
 
 Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits
 for the one before, and the memory idles meanwhile. A layer is therefore one call of eight kernels that overlap: each
-product fetches its first weights while its predecessor still runs (programmatic dependent launch), which neither XLA
-nor Pallas can express. The mathematics is that of `model.Block` with `quantization.dot`; only the order of float
-additions differs.
+product fetches its first weights while its predecessor still runs (programmatic dependent launch), which kernels of XLA
+and of Pallas's Triton backend do not. The mathematics is that of `model.Block` with `quantization.dot`; only the order
+of float additions differs.
 
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
 """
@@ -28,7 +28,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import compute_capability
-from elastic_jax.model import Block, RMSNorm
+from elastic_jax.model import Block, RMSNorm, rotary_frequencies
 from elastic_jax.quantization import QArray
 
 _NAME = "the decode called 'cuda'"
@@ -155,8 +155,7 @@ def run_layers(
     capability = compute_capability(_NAME, _INSTEAD)
     tokens, hidden = x.shape
     config = layers[0].attention.config
-    dim = config.head_dim
-    frequency = jnp.asarray(np.float32(config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)))
+    frequency = rotary_frequencies(config.head_dim, config.rope_theta)
     added = jnp.zeros((0, tokens, hidden), jnp.float32)
     written = []
     for i, (layer, cache) in enumerate(zip(layers, kv, strict=True)):
@@ -169,7 +168,7 @@ def run_layers(
                     jax.ShapeDtypeStruct(x.shape, x.dtype),
                     jax.ShapeDtypeStruct((tiles[-1].parts, tokens, hidden), jnp.float32),
                     jax.ShapeDtypeStruct(cache.shape, cache.dtype),
-                    jax.ShapeDtypeStruct((_scratch_bytes(config, tokens, splits, tiles),), jnp.uint8),
+                    jax.ShapeDtypeStruct((scratch_bytes(config, tokens, splits, tiles),), jnp.uint8),
                 ),
                 input_output_aliases={10: 2},
             )(
@@ -204,7 +203,7 @@ def run_head(norm: RMSNorm, weight: Any, x: BFloat16[Array, "rows hidden"]) -> F
     register()
     capability = compute_capability(_NAME, _INSTEAD)
     rows, hidden = x.shape
-    tiles = _choose(capability, weight, rows, paired=False, whole=True)
+    tiles = choose_tiles(capability, weight, rows, paired=False, whole=True)
     scratch = sum(map(_aligned, (2 * rows * hidden, 2 * rows * hidden, 4 * rows)))
     logits, _ = jax.ffi.ffi_call(
         "elastic_decode_head",
@@ -226,7 +225,7 @@ def takes_head(weight: Any, rows: int) -> bool:
         return False
     capability = compute_capability(_NAME, _INSTEAD)
     try:
-        _choose(capability, weight, rows, paired=False, whole=True)
+        choose_tiles(capability, weight, rows, paired=False, whole=True)
     except ConfigError:
         return False
     return True
@@ -252,14 +251,14 @@ def _splits(tokens: int, kv_heads: int) -> int:
 def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTiles, ...]:
     qkv, o, gate_up, down = _weights(layer)
     return (
-        _choose(capability, qkv, tokens, paired=False, whole=False),
-        _choose(capability, o, tokens, paired=False, whole=False),
-        _choose(capability, gate_up, tokens, paired=True, whole=True),
-        _choose(capability, down, tokens, paired=False, whole=False),
+        choose_tiles(capability, qkv, tokens, paired=False, whole=False),
+        choose_tiles(capability, o, tokens, paired=False, whole=False),
+        choose_tiles(capability, gate_up, tokens, paired=True, whole=True),
+        choose_tiles(capability, down, tokens, paired=False, whole=False),
     )
 
 
-def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> ProductTiles:
+def choose_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> ProductTiles:
     """Sizes of a product: measured ones (`decode_tiles.json`) where there are some.
 
     Args:
@@ -274,9 +273,9 @@ def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: b
     """
     precision = "int8" if isinstance(weight, QArray) else "bf16"
     out, contraction = weight.shape
-    measured = _measured_tiles().get((capability, precision, out, contraction), {})
+    measured = measured_tiles().get((capability, precision, out, contraction), {})
     bound = min((bound for bound in measured if bound >= tokens), default=None)
-    fitting = list(_fitting(capability, weight, tokens, paired=paired, whole=whole))
+    fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
     if bound is not None and measured[bound] in fitting:
         return measured[bound]
     if not fitting:
@@ -284,7 +283,7 @@ def _choose(capability: int, weight: Any, tokens: int, *, paired: bool, whole: b
     return fitting[0]
 
 
-def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
+def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
     """Every size that fits, the one that usually is fastest first."""
     running = [known for known in _SHARED_MEMORY if known <= capability and known // 10 == capability // 10]
     known = max(running, default=None)
@@ -307,7 +306,7 @@ def _fitting(capability: int, weight: Any, tokens: int, *, paired: bool, whole: 
 
 
 @functools.cache
-def _measured_tiles() -> dict[tuple[int, str, int, int], dict[int, ProductTiles]]:
+def measured_tiles() -> dict[tuple[int, str, int, int], dict[int, ProductTiles]]:
     """(compute capability, precision, outputs, contraction) -> most tokens that tiles were chosen for -> tiles."""
     table: dict[tuple[int, str, int, int], dict[int, ProductTiles]] = {}
     for entry in json.loads(resources.files(__package__).joinpath("decode_tiles.json").read_text()):
@@ -320,7 +319,7 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
+def scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
     """What `decode_layer` (cuda/decode.cu) takes of its scratch memory, in its order."""
     qkv, o, _, _ = tiles
     heads = config.num_heads * config.head_dim

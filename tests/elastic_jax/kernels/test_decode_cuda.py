@@ -40,7 +40,7 @@ def test_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens):
     for name in ("layers.0.qkv", "layers.0.o", "layers.0.gate_up", "layers.0.down"):
         weight = weight_of(mode, name)
         paired = name.endswith("gate_up")
-        tiles = decode_cuda._choose(90, weight, tokens, paired=paired, whole=paired)
+        tiles = decode_cuda.choose_tiles(90, weight, tokens, paired=paired, whole=paired)
         assert needed(weight, tokens, tiles) <= SHARED[90]
         assert weight.shape[0] % (8 * tiles.row_tiles) == 0
         assert weight.shape[1] % (64 * tiles.parts) == 0
@@ -50,20 +50,22 @@ def test_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens):
 @pytest.mark.parametrize("capability", [80, 89])
 def test_smaller_gpus_take_fewer_tokens(capability):
     weight = weight_of("S", "layers.0.gate_up")
-    fitting = [n for n in range(1, 17) if list(decode_cuda._fitting(capability, weight, n, paired=True, whole=True))]
+    fitting = [
+        n for n in range(1, 17) if list(decode_cuda.fitting_tiles(capability, weight, n, paired=True, whole=True))
+    ]
     assert fitting == list(range(1, len(fitting) + 1))
     assert 1 <= len(fitting) < 16
     for tokens in fitting:
-        for tiles in decode_cuda._fitting(capability, weight, tokens, paired=True, whole=True):
+        for tiles in decode_cuda.fitting_tiles(capability, weight, tokens, paired=True, whole=True):
             assert needed(weight, tokens, tiles) <= SHARED[capability]
     with pytest.raises(ConfigError, match="no tiles"):
-        decode_cuda._choose(capability, weight, 16, paired=True, whole=True)
+        decode_cuda.choose_tiles(capability, weight, 16, paired=True, whole=True)
 
 
 def test_gpus_of_other_generations_are_left_to_the_composed_step():
     for capability in (70, 75, 100, 120):
         weight = weight_of("S", "layers.0.o")
-        assert not list(decode_cuda._fitting(capability, weight, 1, paired=False, whole=False))
+        assert not list(decode_cuda.fitting_tiles(capability, weight, 1, paired=False, whole=False))
 
 
 def test_cuda_12_is_refused(monkeypatch):
@@ -72,9 +74,9 @@ def test_cuda_12_is_refused(monkeypatch):
         decode_cuda.check_model(MISTRAL_SMALL)
 
 
-def test_measured_tiles_are_for_weights_of_mistral_small():
+def testmeasured_tiles_are_for_weights_of_mistral_small():
     shapes = {(group.out_size, group.in_size) for group in model_groups(MISTRAL_SMALL).values()}
-    table = decode_cuda._measured_tiles()
+    table = decode_cuda.measured_tiles()
     assert table
     for _, precision, *shape in table:
         assert precision in ("int8", "bf16")
@@ -86,7 +88,7 @@ def test_scratch_memory_follows_the_kernels_order():
     tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
     sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 4 * 5120, 4 * 32768, 1024]
     expected = sum(-(-size // 256) * 256 for size in sizes)
-    assert decode_cuda._scratch_bytes(config, 1, 16, tiles) == expected
+    assert decode_cuda.scratch_bytes(config, 1, 16, tiles) == expected
 
 
 def test_the_committed_library_is_built_from_the_committed_sources():
