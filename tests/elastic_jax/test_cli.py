@@ -427,7 +427,13 @@ def wait_until_it_reads(process: int) -> None:
 def test_an_interruption_leaves_no_traceback(folder: Path) -> None:
     command = [sys.executable, "-m", "elastic_jax", "generate", str(folder)]
     pipe, pipe_end = os.pipe()
-    with subprocess.Popen(command, stdin=pipe, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+    # Where the tests run in a shell's background, interruptions are ignored, and a process inherits that.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        started = subprocess.Popen(command, stdin=pipe, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    with started as process:
         try:
             wait_until_it_reads(process.pid)
             process.send_signal(signal.SIGINT)
