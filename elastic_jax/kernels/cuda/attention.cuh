@@ -2,12 +2,13 @@
 // rotary embedding, and writing this step's keys and values.
 //
 // A token's context is cut into at most `splits` pieces of whole pages, one block each per key-value head: a block
-// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. A
-// second kernel joins the pieces (flash-decoding).
+// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. The
+// block that ends last joins the pieces (flash-decoding). Keys and values of older steps are loaded before the kernel
+// waits for its predecessor.
 
 #pragma once
 
-#include "products.cuh"
+#include "packing.cuh"
 
 namespace elastic {
 
@@ -18,10 +19,10 @@ constexpr int kMostSplits = 32;
 struct AttentionArguments {
   const float* qkv;  // [parts][tokens][(heads + 2 * kv_heads) * dim]
   int parts;
-  const float* frequency;  // [dim / 2], of the rotary embedding
-  const int* position;     // [tokens]
-  const int* slot;         // [tokens]; `slots` for none
-  const int* row;          // [tokens]; `rows` for padding
+  const float* cosine;  // [tokens][dim / 2], of the rotary embedding
+  const float* sine;
+  const int* slot;  // [tokens]; `slots` for none
+  const int* row;   // [tokens]; `rows` for padding
   const int* block_table;  // [rows][pages]
   const int* context_length;  // [rows], with this step's token
   __nv_bfloat16* kv;          // [slots][2][kv_heads][dim]
@@ -30,6 +31,7 @@ struct AttentionArguments {
   float* state;    // [tokens][splits][heads][2], largest score and the sum of exp2
   float* out;      // [tokens][heads][dim]
   float* maxima;   // [kv_heads][tokens], largest magnitude of `out`
+  uint32_t* ended;  // [tokens][kv_heads], zero: pieces that are done
 };
 
 __device__ __forceinline__ int context_of(const AttentionArguments& a, int token) {
@@ -52,8 +54,49 @@ __device__ __forceinline__ void unpack8(const uint4& v, float (&x)[8]) {
   }
 }
 
+// The pieces of one token and key-value head, joined.
 template <int kDim, int kGroup>
-__global__ void __launch_bounds__(kAttentionThreads, 1) attention(const AttentionArguments a) {
+__device__ __forceinline__ void join_pieces(const AttentionArguments& a, int token, int head, int pieces) {
+  __shared__ float by[kGroup][kMostSplits];
+  __shared__ uint32_t largest;
+  const int heads = a.kv_heads * kGroup;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t place = static_cast<int64_t>(token) * a.splits * heads + head * kGroup;
+  if (threadIdx.x == 0) largest = 0;
+  static_assert(kMostSplits <= 32 && kGroup <= kAttentionWarps);
+  if (warp < kGroup) {
+    const float* const state = a.state + (place + static_cast<int64_t>(lane) * heads + warp) * 2;
+    const float mine = lane < pieces ? __ldcg(state) : -1e30f;
+    float all = lane < pieces ? __ldcg(state + 1) : 0.0f, most = mine;
+#pragma unroll
+    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    const float weight = exp2f(mine - most);
+    all *= weight;
+#pragma unroll
+    for (int d = 16; d; d /= 2) all += __shfl_xor_sync(~0u, all, d);
+    by[warp][lane] = weight / all;
+  }
+  __syncthreads();
+  float most = 0;
+  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
+    const int g = i / kDim, d = i % kDim;
+    float sum = 0;
+#pragma unroll 8
+    for (int s = 0; s < pieces; ++s)
+      sum += by[g][s] * __ldcg(a.partial + (place + static_cast<int64_t>(s) * heads + g) * kDim + d);
+    a.out[(static_cast<int64_t>(token) * heads + head * kGroup + g) * kDim + d] = sum;
+    most = fmaxf(most, fabsf(sum));
+  }
+#pragma unroll
+  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  if (lane == 0) atomicMax(&largest, __float_as_uint(most));
+  __syncthreads();
+  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+}
+
+// At most 128 registers a thread: the next product's blocks start beside these.
+template <int kDim, int kGroup>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
   constexpr int kLanes = kDim / 8;            // of one key
   constexpr int kAtOnce = 32 / kLanes;        // keys of a warp
   constexpr int kBlock = 64 / kAttentionWarps;  // keys of a warp in 64 of context
@@ -62,16 +105,44 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   __shared__ __align__(16) float query[kGroup][kDim];
   __shared__ __align__(16) float merged[kAttentionWarps][kGroup][kDim];
   __shared__ float states[kAttentionWarps][kGroup][2];
+  __shared__ __align__(16) __nv_bfloat16 newest_kv[2][kDim];
+  __shared__ bool last;
   const int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int heads = a.kv_heads * kGroup;
   release_successor();
-  wait_for_predecessor();
 
   const int context = context_of(a, token);
   const int piece = piece_length(a, context);
   const int begin = split * piece, end = min(context, begin + piece);
+  if (context == 0 && split == 0) {  // padding
+    wait_for_predecessor();
+    for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads)
+      a.out[(static_cast<int64_t>(token) * heads + head * kGroup) * kDim + i] = 0;
+    if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = 0;
+  }
   if (begin >= end) return;
+
+  const int part = lane % kLanes, mine = lane / kLanes;
+  const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
+  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
+  uint4 keys[kTurns], values[kTurns];
+  auto load = [&](int first) {
+    if (first >= end) return;
+    const int page = table[first / a.page_size];
+    const __nv_bfloat16* const from =
+        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      const int key = first + t * kAtOnce + mine;
+      const bool old = key < end && key != context - 1;  // this step's is not in the cache yet
+      keys[t] = old ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride) : make_uint4(0, 0, 0, 0);
+      values[t] = old ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim)
+                      : make_uint4(0, 0, 0, 0);
+    }
+  };
+  load(begin + warp * kBlock);
+  wait_for_predecessor();
 
   const int width = (heads + 2 * a.kv_heads) * kDim;
   auto qkv = [&](int at) {
@@ -85,21 +156,26 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   const bool writes = newest && slot < a.slots;
   for (int i = threadIdx.x; i < (kGroup + 2) * kDim / 2; i += kAttentionThreads) {
     const int which = i / (kDim / 2), d = i % (kDim / 2);
+    if (which >= kGroup && !newest) continue;
     if (which > kGroup) {
-      if (!writes) continue;
       const int at = (heads + a.kv_heads + head) * kDim + d;
-      cache[a.kv_heads * kDim + d] = __float2bfloat16_rn(qkv(at));
-      cache[a.kv_heads * kDim + d + kDim / 2] = __float2bfloat16_rn(qkv(at + kDim / 2));
+      const __nv_bfloat16 low = __float2bfloat16_rn(qkv(at)), high = __float2bfloat16_rn(qkv(at + kDim / 2));
+      newest_kv[1][d] = low;
+      newest_kv[1][d + kDim / 2] = high;
+      if (!writes) continue;
+      cache[a.kv_heads * kDim + d] = low;
+      cache[a.kv_heads * kDim + d + kDim / 2] = high;
       continue;
     }
-    if (which == kGroup && !writes) continue;
     const int at = (which == kGroup ? heads + head : head * kGroup + which) * kDim + d;
     const float first = qkv(at), second = qkv(at + kDim / 2);
-    float sine, cosine;
-    sincosf(static_cast<float>(a.position[token]) * a.frequency[d], &sine, &cosine);
+    const float cosine = a.cosine[token * (kDim / 2) + d], sine = a.sine[token * (kDim / 2) + d];
     const __nv_bfloat16 low = __float2bfloat16_rn(first * cosine - second * sine);
     const __nv_bfloat16 high = __float2bfloat16_rn(second * cosine + first * sine);
     if (which == kGroup) {
+      newest_kv[0][d] = low;
+      newest_kv[0][d + kDim / 2] = high;
+      if (!writes) continue;
       cache[d] = low;
       cache[d + kDim / 2] = high;
     } else {
@@ -109,7 +185,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   }
   __syncthreads();
 
-  const int part = lane % kLanes, mine = lane / kLanes;
   float q[kGroup][8], out[kGroup][8], largest[kGroup], total[kGroup];
   const float factor = rsqrtf(static_cast<float>(kDim)) * 1.44269504088896f;
 #pragma unroll
@@ -123,21 +198,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
     }
   }
 
-  const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
-  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
-  for (int block = begin; block < end; block += 64) {
-    const int first = block + warp * kBlock;
-    if (first >= end) break;
-    const int page = table[first / a.page_size];
-    const __nv_bfloat16* const from =
-        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
-    uint4 keys[kTurns], values[kTurns];
+  for (int first = begin + warp * kBlock; first < end; first += 64) {
+    const int now = context - 1 - first;  // where this step's token is
+    if (now >= 0 && now < kBlock && now % kAtOnce == mine) {
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      const bool live = first + t * kAtOnce + mine < end;
-      keys[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride) : make_uint4(0, 0, 0, 0);
-      values[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim)
-                       : make_uint4(0, 0, 0, 0);
+      for (int t = 0; t < kTurns; ++t) {
+        if (now / kAtOnce != t) continue;
+        keys[t] = *reinterpret_cast<const uint4*>(&newest_kv[0][part * 8]);
+        values[t] = *reinterpret_cast<const uint4*>(&newest_kv[1][part * 8]);
+      }
     }
     float scores[kTurns][kGroup];
 #pragma unroll
@@ -180,6 +249,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[g][i] += scores[t][g] * value[i];
     }
+    load(first + 64);
   }
 
   // The keys of a warp, then the warps.
@@ -224,47 +294,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
       a.state[(place + g) * 2 + 1] = all;
     }
   }
-}
-
-template <int kDim, int kGroup>
-__global__ void __launch_bounds__(kAttentionThreads) join_pieces(const AttentionArguments a) {
-  __shared__ float by[kGroup][kMostSplits];
-  __shared__ uint32_t largest;
-  const int token = blockIdx.x, head = blockIdx.y;
-  const int heads = a.kv_heads * kGroup;
-  release_successor();
-  if (threadIdx.x == 0) largest = 0;
-  wait_for_predecessor();
-  const int context = context_of(a, token);
-  const int piece = piece_length(a, context);
+  __threadfence();
+  __syncthreads();
   const int pieces = (context + piece - 1) / piece;
-  const int64_t place = static_cast<int64_t>(token) * a.splits * heads + head * kGroup;
-  if (threadIdx.x < kGroup) {
-    const int g = threadIdx.x;
-    float most = -1e30f, all = 0;
-    for (int s = 0; s < pieces; ++s) most = fmaxf(most, a.state[(place + static_cast<int64_t>(s) * heads + g) * 2]);
-    for (int s = 0; s < pieces; ++s) {
-      const float* const state = a.state + (place + static_cast<int64_t>(s) * heads + g) * 2;
-      by[g][s] = exp2f(state[0] - most);
-      all += by[g][s] * state[1];
-    }
-    for (int s = 0; s < pieces; ++s) by[g][s] /= all;
-  }
+  if (threadIdx.x == 0) last = atomicAdd(a.ended + token * a.kv_heads + head, 1u) + 1 == static_cast<uint32_t>(pieces);
   __syncthreads();
-  float most = 0;
-  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
-    const int g = i / kDim, d = i % kDim;
-    float sum = 0;
-#pragma unroll 4
-    for (int s = 0; s < pieces; ++s) sum += by[g][s] * a.partial[(place + static_cast<int64_t>(s) * heads + g) * kDim + d];
-    a.out[(static_cast<int64_t>(token) * heads + head * kGroup + g) * kDim + d] = sum;
-    most = fmaxf(most, fabsf(sum));
-  }
-#pragma unroll
-  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-  if (threadIdx.x % 32 == 0) atomicMax(&largest, __float_as_uint(most));
-  __syncthreads();
-  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+  if (!last) return;
+  __threadfence();
+  join_pieces<kDim, kGroup>(a, token, head, pieces);
 }
 
 }  // namespace elastic

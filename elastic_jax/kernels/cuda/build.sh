@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 include="$("${PYTHON:-python3}" -c 'import jax.ffi; print(jax.ffi.include_dir())')"
-sources="$(cat decode.cu activations.cuh attention.cuh products.cuh | sha256sum | cut -d' ' -f1)"
+sources="$(cat decode.cu layer.cuh activations.cuh attention.cuh products.cuh packing.cuh | sha256sum | cut -d' ' -f1)"
 archs=()
 for capability in ${CAPABILITIES:-80 89 90}; do
   archs+=(-gencode "arch=compute_${capability},code=sm_${capability}")
