@@ -260,8 +260,8 @@ def _leaves(weight: Any) -> tuple[Array, Array]:
 
 
 def _splits(tokens: int, kv_heads: int) -> int:
-    """Pieces of a context at most: enough blocks for a large device, and no more than joining is cheap for."""
-    return max(1, min(16, 512 // (tokens * kv_heads)))
+    """Pieces of a context at most, a power of two: enough blocks for a large device, in clusters that it can hold."""
+    return 1 << (max(1, min(16, 256 // (tokens * kv_heads))).bit_length() - 1)
 
 
 def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTiles, ...]:
@@ -317,7 +317,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
             continue
         for row_tiles, depth in sizes:
             ring = warps * depth * row_tiles * _TILE_ROWS * _CHUNK
-            sums = warps * row_tiles * _TILE_ROWS * tokens * 4
+            sums = (2 if tokens <= 8 else 1) * warps * row_tiles * _TILE_ROWS * tokens * 4
             fits = ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared
             if fits and out % (_TILE_ROWS * row_tiles) == 0:
                 yield ProductTiles(row_tiles, depth, parts, _AHEAD)

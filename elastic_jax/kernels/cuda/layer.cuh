@@ -21,7 +21,7 @@ namespace elastic {
 struct Device {
   int multiprocessors;
   int shared;  // bytes of shared memory of a multiprocessor
-  bool overlaps;
+  bool hopper;  // or later: kernels overlap, and blocks form clusters
 };
 
 inline const Device& device() {
@@ -54,17 +54,19 @@ cudaError_t allow_shared_memory(Kernel* kernel) {
 
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared, cudaStream_t stream,
-                   const Arguments& arguments) {
+                   const Arguments& arguments, int cluster = 1) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = device().overlaps ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {1, 1, static_cast<unsigned>(cluster)};
+  config.attrs = attributes;
+  config.numAttrs = !device().hopper ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, arguments);
 }
 
@@ -130,7 +132,12 @@ template <int kDim, int kGroup>
 cudaError_t launch_attention(const AttentionArguments& a, cudaStream_t stream) {
   static const cudaError_t allowed = allow_shared_memory(&attention<kDim, kGroup>);
   if (allowed != cudaSuccess) return allowed;
-  return launch(&attention<kDim, kGroup>, dim3(a.tokens, a.kv_heads, a.splits), kAttentionThreads, 0, stream, a);
+  if (device().hopper) {  // clusters of 16 are more than all devices need to have
+    static const cudaError_t large =
+        cudaFuncSetAttribute(&attention<kDim, kGroup>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (large != cudaSuccess) return large;
+  }
+  return launch(&attention<kDim, kGroup>, dim3(a.tokens, a.kv_heads, a.splits), kAttentionThreads, 0, stream, a, a.splits);
 }
 
 inline cudaError_t run_attention(int dim, int group, const AttentionArguments& a, cudaStream_t stream) {

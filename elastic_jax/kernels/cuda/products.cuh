@@ -120,9 +120,12 @@ __host__ __device__ constexpr int ring_bytes() {
   return kWarpsFor<kMTiles> * kDepth * kRowTiles * kLaneChunk;
 }
 
+// Of sums: a tile's are added up while the next one's are made, where there is room for both.
+__host__ __device__ constexpr int sum_buffers(int tokens) { return tokens <= 8 ? 2 : 1; }
+
 template <int kMTiles, int kRowTiles>
 __host__ __device__ constexpr int sums_bytes(int tokens) {
-  return kWarpsFor<kMTiles> * kRowTiles * kTileRows * tokens * static_cast<int>(sizeof(float));
+  return sum_buffers(tokens) * kWarpsFor<kMTiles> * kRowTiles * kTileRows * tokens * static_cast<int>(sizeof(float));
 }
 
 constexpr int kPackedAtOnce = 8;
@@ -141,9 +144,21 @@ __device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const
                                                 float* scales, uint8_t* activations) {
   constexpr int kPlanes = Weight::kPlanes;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t contraction = a.row_bytes * kPlanes / 2;
+  const int quads = length / 4, all = a.tokens * quads;
+  float4 v[kPackedAtOnce];  // loaded together, and with the maxima: each load alone would take as long
+  auto load = [&](int begin) {
+#pragma unroll
+    for (int j = 0; j < kPackedAtOnce; ++j) {
+      const int i = begin + j * kThreads;
+      if (i < all) v[j] = *reinterpret_cast<const float4*>(a.rows + first + (i / quads) * contraction + i % quads * 4);
+    }
+  };
+  load(threadIdx.x);
   if constexpr (kPlanes == 2) {
     for (int token = warp; token < a.tokens; token += kThreads / 32) {
       float most = 0;
+#pragma unroll 8
       for (int i = lane; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
 #pragma unroll
       for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
@@ -151,15 +166,7 @@ __device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const
     }
     __syncthreads();
   }
-  const int64_t contraction = a.row_bytes * kPlanes / 2;
-  const int quads = length / 4, all = a.tokens * quads;
   for (int begin = threadIdx.x; begin < all; begin += kPackedAtOnce * kThreads) {
-    float4 v[kPackedAtOnce];  // loaded together: each load alone would take as long
-#pragma unroll
-    for (int j = 0; j < kPackedAtOnce; ++j) {
-      const int i = begin + j * kThreads;
-      if (i < all) v[j] = *reinterpret_cast<const float4*>(a.rows + first + (i / quads) * contraction + i % quads * 4);
-    }
 #pragma unroll
     for (int j = 0; j < kPackedAtOnce; ++j) {
       const int i = begin + j * kThreads;
@@ -168,6 +175,7 @@ __device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const
       const float x[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
       pack4<Weight>(activations, packing, token, i % quads * 4, x, kPlanes == 2 ? 1.0f / scales[token] : 1.0f);
     }
+    load(begin + kPackedAtOnce * kThreads);
   }
 }
 
@@ -197,6 +205,7 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
   constexpr int kPlanes = Weight::kPlanes;
   constexpr int kPairs = kSwiGlu ? 2 : 1;
   constexpr int kEach = kRowTiles / kPairs;
+  constexpr int kReduced = (kEach * kTileRows * (kMTiles == 2 || kPlanes == 1 ? kMostTokens : 8) + kThreads - 1) / kThreads;
   static_assert(kRowTiles % kPairs == 0);
   const Packing packing(a.tokens, kPlanes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -280,6 +289,22 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
   typename Weight::Sum sum[kMTiles][kRowTiles][4];
   int chunk = warp, slot = 0;
   for (int tile = walker, turn = 0; tile < tiles; tile += walkers, ++turn) {
+    // Few threads add up a tile's sums; another warp's take each turn, so that none falls behind. What they scale with is
+    // loaded now: memory is busy, and takes its time.
+    const int reducer = (threadIdx.x + kThreads - 32 * (turn % kWarps)) % kThreads;
+    const int count = kEach * kTileRows * a.tokens;
+    float output_scales[kReduced][kPairs] = {};
+    if constexpr (kPlanes == 2) {
+#pragma unroll
+      for (int j = 0; j < kReduced; ++j)
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          const int i = reducer + j * kThreads;
+          if (i < count)
+            output_scales[j][p] = a.weight_scales[first_output(tile, i / (kTileRows * a.tokens) + p * kEach) + i % kTileRows];
+        }
+    }
+
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -317,8 +342,11 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
     }
     chunk -= chunks;
 
-    // sums[warp][row tile][token][output of the tile]
-    auto place = [&](int w, int r, int token) { return sums + ((w * kRowTiles + r) * a.tokens + token) * kTileRows; };
+    // sums[buffer][warp][row tile][token][output of the tile]
+    const int buffer = turn % sum_buffers(a.tokens) * kWarps;
+    auto place = [&](int w, int r, int token) {
+      return sums + (((buffer + w) * kRowTiles + r) * a.tokens + token) * kTileRows;
+    };
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -344,30 +372,32 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
       }
     __syncthreads();
 
-    // Few threads are needed; another warp's take each turn, so that none falls behind.
-    const int count = kRowTiles / kPairs * kTileRows * a.tokens;
-    for (int i = (threadIdx.x + kThreads - 32 * (turn % kWarps)) % kThreads; i < count; i += kThreads) {
+#pragma unroll
+    for (int j = 0; j < kReduced; ++j) {
+      const int i = reducer + j * kThreads;
+      if (i >= count) break;
       const int column = i % kTileRows, token = i / kTileRows % a.tokens, r = i / (kTileRows * a.tokens);
-      auto total = [&](int row_tile) {
+      auto total = [&](int pair) {
         float value = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) value += place(w, row_tile, token)[column];
-        if constexpr (kPlanes == 2) value *= scales[token] * a.weight_scales[first_output(tile, row_tile) + column];
+        for (int w = 0; w < kWarps; ++w) value += place(w, r + pair * kEach, token)[column];
+        if constexpr (kPlanes == 2) value *= scales[token] * output_scales[j][pair];
         return value;
       };
       const int output = first_output(tile, r) + column;
       if constexpr (kSwiGlu) {
-        const float gate = total(r), up = total(r + kRowTiles / kPairs);
+        const float gate = total(0), up = total(1);
         const float value = gate / (1.0f + __expf(-gate)) * up;
         a.out[static_cast<int64_t>(token) * half + output] = value;
         atomicMax(largest + token, __float_as_uint(fabsf(value)));
       } else {
-        a.out[(static_cast<int64_t>(part) * a.tokens + token) * a.outputs + output] = total(r);
+        a.out[(static_cast<int64_t>(part) * a.tokens + token) * a.outputs + output] = total(0);
       }
     }
-    __syncthreads();
+    if (sum_buffers(a.tokens) == 1) __syncthreads();
   }
   if constexpr (kSwiGlu) {
+    __syncthreads();
     if (threadIdx.x < a.tokens) a.out_maxima[blockIdx.x * a.tokens + threadIdx.x] = __uint_as_float(largest[threadIdx.x]);
   }
 }

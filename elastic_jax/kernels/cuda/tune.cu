@@ -56,6 +56,13 @@ struct Shape {
   bool quantized;
 };
 
+// As decode_cuda.py's.
+int attention_splits(int tokens, int kv_heads) {
+  int splits = 1;
+  while (splits < kMostSplits && 2 * splits * tokens * kv_heads <= 256) splits *= 2;
+  return splits;
+}
+
 Weight make_weight(const Shape& s, int outputs, int contraction, uint32_t seed) {
   const int64_t size = static_cast<int64_t>(outputs) * contraction;
   Weight w = {};
@@ -114,7 +121,7 @@ struct Bench {
     a.page_size = kPage;
     a.slots = tokens * pages * kPage;
     a.kv_heads = s.kv_heads;
-    a.splits = std::max(1, std::min(16, 512 / (tokens * s.kv_heads)));
+    a.splits = attention_splits(tokens, s.kv_heads);
     for (int i = 0; i < kLayers; ++i) {
       a.kv = allocate<__nv_bfloat16>(static_cast<int64_t>(a.slots) * 2 * s.kv_heads * s.dim, 10 + i, true);
       l.qkv = make_weight(s, width + 2 * s.kv_heads * s.dim, s.hidden, 20 + i);

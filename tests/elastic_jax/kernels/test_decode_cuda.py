@@ -33,7 +33,7 @@ def needed(weight, tokens, tiles):
     """Shared memory by the layout in products.cuh: ring, sums, scales, packed activations."""
     warps = 8 if isinstance(weight, QArray) and tokens > 8 else 16
     ring = warps * tiles.depth * tiles.row_tiles * 8 * 64
-    sums = warps * tiles.row_tiles * 8 * tokens * 4
+    sums = (2 if tokens <= 8 else 1) * warps * tiles.row_tiles * 8 * tokens * 4
     octet = min(tokens, 8)
     padded = octet * -(-tokens // octet) if tokens > 8 else octet
     return ring + sums + 128 + 2 * padded * weight.shape[1] // tiles.parts
