@@ -215,7 +215,7 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks:
     if tiles is None:
         tiles = _measured(capability, rows, out, contraction, 1) or usual_tiles(capability, rows, out, contraction)
         if blocks > 1:
-            tiles = _for_blocks(tiles, contraction // blocks)
+            tiles = _for_blocks(tiles, contraction // blocks, blocks)
     check_tiles(tiles, out, contraction, blocks)
     return tiles
 
@@ -226,13 +226,13 @@ def _measured(capability: int, rows: int, out: int, contraction: int, blocks: in
     return None if bound is None else measured[bound]
 
 
-def _for_blocks(tiles: DotTiles, block: int) -> DotTiles:
+def _for_blocks(tiles: DotTiles, block: int, blocks: int) -> DotTiles:
     """The tiles that a dot with several scales a row takes instead: parts and steps that end where blocks do.
 
     It has two sums, and twice the warps to hold them.
     """
     depth = min(tiles.contracted, _power_of_two_in(block))
-    splits = tiles.splits if tiles.splits * depth <= block else 1
+    splits = max(n for n in range(1, tiles.splits + 1) if blocks % n == 0)
     return dataclasses.replace(tiles, contracted=depth, splits=splits, warps=min(8, 2 * tiles.warps))
 
 
@@ -287,9 +287,11 @@ def check_tiles(tiles: DotTiles, out: int, contraction: int, blocks: int = 1) ->
         ConfigError: it is so.
     """
     fits = out % tiles.out == 0 and contraction % (tiles.contracted * tiles.splits) == 0
-    fits &= contraction // blocks % tiles.contracted == 0
+    # Sums are scaled where a block ends, so a part that ended inside one would lose what it has added since.
+    fits &= contraction // blocks % tiles.contracted == 0 and (blocks == 1 or blocks % tiles.splits == 0)
     if not fits or tiles.out < _LEAST_OUT or tiles.contracted < _LEAST_IN:
         raise ConfigError(
-            f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}; found "
-            f"[{out}, {contraction}] with {tiles}; {_INSTEAD}"
+            f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}, in tiles "
+            f"that divide both and end where blocks of scales do; found [{out}, {contraction}], {blocks} block(s) of "
+            f"scales and {tiles}; {_INSTEAD}"
         )

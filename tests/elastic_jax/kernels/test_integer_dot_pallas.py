@@ -14,7 +14,7 @@ from elastic_jax import kernels
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels import integer_dot_pallas
-from elastic_jax.kernels.integer_dot_pallas import DotTiles, choose_tiles, usual_tiles
+from elastic_jax.kernels.integer_dot_pallas import DotTiles, check_tiles, choose_tiles, usual_tiles
 from elastic_jax.quantization import activation_blocks
 
 
@@ -80,9 +80,27 @@ def test_gated_is_swiglu_of_the_plain_one(rows, weight_first):
 
 @pytest.mark.parametrize("blocks", [2, 4, 8, 10])
 def test_tiles_end_where_blocks_do(blocks):
-    for rows in (1, 64, 1024, 4096):
+    for rows in (1, 17, 64, 100, 1024, 4096):
         tiles = choose_tiles(90, rows, 6144, 5120, blocks)
         assert 5120 // blocks % tiles.contracted == 0
+        assert blocks % tiles.splits == 0
+
+
+def test_chosen_tiles_leave_out_no_part_of_a_block():
+    # Tiles measured for one scale a row split this contraction by 4, which 10 blocks are not divided by.
+    assert choose_tiles(90, 17, 6144, 5120).splits == 4
+    x, _, values, scales = operands(17, 6144, 5120)
+    row_scales = jnp.asarray(np.random.default_rng(1).uniform(0.01, 2, (17, 10)).astype(np.float32))
+    tiles = choose_tiles(90, 17, 6144, 5120, 10)
+    found = integer_dot_pallas.run(x, row_scales, values, scales, tiles, gated=False, interpret=True)
+    reference = np.asarray(kernels.INTEGER_DOT["xla"].multiply(x, row_scales, values, scales))
+    assert np.abs(np.asarray(found) - reference).max() <= 2e-6 * np.abs(reference).max()
+
+
+def test_parts_that_end_inside_a_block_are_refused():
+    with pytest.raises(ConfigError, match=r"end where blocks of scales do.*10 block\(s\)"):
+        check_tiles(DotTiles(32, 64, 128, 4, 4, 4, True), 6144, 5120, 10)
+    check_tiles(DotTiles(32, 64, 128, 5, 4, 4, True), 6144, 5120, 10)
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
