@@ -28,7 +28,8 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import compute_capability
-from elastic_jax.model import Block, RMSNorm, rotation
+from elastic_jax.model import Block, rotation
+from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import QArray
 
 _NAME = "the decode called 'cuda'"

@@ -45,7 +45,7 @@ def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
 
     with jax.default_device(device):
         text = jax.jit(units[0].function).trace(*units[0].arguments).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel"):
+    for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel", "quantize_normed_kernel"):
         assert kernel in text
     # Weights are int8 operands of the kernels, and nothing else multiplies them.
     assert "tensor<256x128xi8>" in text
