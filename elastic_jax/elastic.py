@@ -337,6 +337,7 @@ class ElasticMistral:
             "attention": step.attention,
             "integer_dot": step.integer_dot,
             "decode": step.decode,
+            "sampling": step.sampling,
             "kv_capacity_tokens": step.kv_slots,
             "kv_pools_compiled": store.pools,
             "rows": step.rows,

@@ -83,6 +83,7 @@ def default_step_config(
         attention=attention,
         integer_dot=integer_dot,
         decode=decode,
+        sampling=kernels.default_sampling(platform),
     )
 
 
@@ -229,7 +230,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
-        kernels.prepare_to_load(step.decode)
+        kernels.prepare_to_load(step.decode, step.sampling)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

@@ -22,7 +22,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.model import Mistral
 from elastic_jax.quantization import QArray
-from elastic_jax.sampling import SamplingInputs
+from elastic_jax.sampling import Choose, SampledRows, SamplingInputs
 
 type Variant = Literal["greedy", "sampling", "score"]
 type ComputeDtype = Literal["bfloat16", "float32"]
@@ -69,6 +69,7 @@ class StepConfig:
         attention: name of the attention implementation (`kernels.ATTENTION`).
         integer_dot: name of the implementation of integer dots (`kernels.INTEGER_DOT`).
         decode: name of the implementation of steps that only generate (`kernels.DECODE`).
+        sampling: name of the implementation of choosing tokens (`kernels.SAMPLING`).
     """
 
     rows: int
@@ -82,6 +83,7 @@ class StepConfig:
     attention: str
     integer_dot: str
     decode: str
+    sampling: str
 
     def __post_init__(self) -> None:
         """Refuses sizes that no engine could run on.
@@ -239,6 +241,7 @@ def step(
     inputs: StepInputs,
     sampling: SamplingInputs | None,
     config: StepConfig,
+    choose: Choose,
 ) -> tuple[StepState, StepOutputs]:
     """Runs the model and chooses the next tokens.
 
@@ -249,6 +252,7 @@ def step(
         sampling: how each row samples; None compiles the `greedy` variant, in which every row takes the most likely
             token and no row has penalties, bias or a grammar.
         config: sizes.
+        choose: the implementation of choosing tokens.
 
     Returns:
         the new state, and what was found.
@@ -261,29 +265,16 @@ def step(
     row = jnp.where(live, batch.row.at[inputs.out_index].get(mode="clip"), batch.rows)
     position = batch.position.at[inputs.out_index].get(mode="clip") + 1
     rows = state.rows
-    with jax.named_scope("sample"):
-        if sampling is None:
-            token = jnp.argmax(logits, axis=1).astype(jnp.int32)
-            counts = rows.counts
-        else:
-            mine = jax.tree.map(lambda a: a.at[row].get(mode="clip"), sampling)
-            adjusted = sampler.adjust_logits(
-                logits, mine, rows.counts.at[row].get(mode="clip"), rows.prompt_mask.at[row].get(mode="clip")
-            )
-            uniform = sampler.uniforms(rows.key.at[row].get(mode="clip"), position, mine.choice)
-            token = sampler.sample(adjusted, mine, uniform)
-            counts = rows.counts.at[row, token].add(1, mode="drop")
-    with jax.named_scope("log_probability"):
-        total = jax.nn.logsumexp(logits, axis=1)
-        log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
-
+    token, log_probability, finite = choose(
+        logits, sampling, row, position, SampledRows(rows.key, rows.counts, rows.prompt_mask)
+    )
+    counts = rows.counts if sampling is None else rows.counts.at[row, token].add(1, mode="drop")
     rows = dataclasses.replace(
         rows,
         last_token=rows.last_token.at[row].set(token, mode="drop"),
         position=rows.position.at[row].set(position, mode="drop"),
         counts=counts,
     )
-    finite = jnp.all(jnp.isfinite(logits), axis=1)
     outputs = StepOutputs(token, log_probability, finite, logits)
     return StepState(kv, rows), outputs
 

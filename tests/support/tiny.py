@@ -56,6 +56,7 @@ def tiny_step_config(**changes: Any) -> StepConfig:
         "attention": "xla",
         "integer_dot": "xla",
         "decode": "xla",
+        "sampling": "xla",
     }
     return StepConfig(**(sizes | changes))
 
