@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from environment import report
 from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
+from tiles import write_tiles
 
 from elastic_jax.executables import default_step_config
 from elastic_jax.groups import model_groups
@@ -294,7 +295,7 @@ def main() -> None:
             for tokens in arguments.tune:
                 tuned += tune(short, mode, weights, tokens, arguments.contexts[0], arguments.steps)
             if arguments.tiles:
-                arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
+                write_tiles(arguments.tiles, tuned)
         weights = draw(config, mode)
         for tokens in arguments.tokens:
             for context in arguments.contexts:

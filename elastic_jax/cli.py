@@ -143,6 +143,7 @@ def compile_modes(
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.device import device_to_compile_for
     from elastic_jax.executables import ModeStore, default_step_config
+    from elastic_jax.kernels.measured import unmeasured
     from elastic_jax.memory import available_memory
     from elastic_jax.pools import default_pool
 
@@ -159,6 +160,8 @@ def compile_modes(
         for pool in kv_slots
         or [default_pool(opened, plan, dtype, platform, available=available, max_context=max_context)]
     ]
+    if steps and (message := unmeasured(steps[0][1], device)):
+        note(message, as_json)
     for plan, step in steps:
         store = ModeStore(opened, plan, dtype, device)
 
