@@ -15,6 +15,7 @@ from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels import integer_dot_pallas
 from elastic_jax.kernels.integer_dot_pallas import DotTiles, choose_tiles, usual_tiles
+from elastic_jax.quantization import activation_blocks
 
 
 def operands(rows, out, contraction, seed=0):
@@ -151,3 +152,30 @@ def test_compiled_equals_the_reference(rows):
     out = jax.jit(kernels.INTEGER_DOT["pallas"].multiply)(*arrays)
     expected = exact(*arrays)
     assert np.abs(np.asarray(out) - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [17, 100, 1024])
+@pytest.mark.parametrize(("out", "contraction"), [(6144, 5120), (5120, 4096), (5120, 32768)])
+def test_compiled_scales_of_blocks_equal_the_reference(rows, out, contraction):
+    x, _, values, scales = operands(rows, out, contraction)
+    blocks = activation_blocks(contraction)
+    rng = np.random.default_rng(1)
+    row_scales = jnp.asarray(rng.uniform(0.01, 2, (rows, blocks)).astype(np.float32))
+    found = jax.jit(kernels.INTEGER_DOT["pallas"].multiply)(x, row_scales, values, scales)
+    scaled = np.asarray(x, np.float32) * np.repeat(np.asarray(row_scales), contraction // blocks, axis=1)
+    expected = scaled.astype(np.float64) @ (np.asarray(values, np.float64) * np.asarray(scales)).T
+    assert np.abs(np.asarray(found) - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [17, 100, 1024])
+@pytest.mark.parametrize("blocks", [1, 10])
+def test_compiled_gated_is_swiglu_of_the_exact_product(rows, blocks):
+    x, row_scales, values, scales = operands(rows, 8192, 5120)
+    arrays = x, jnp.tile(row_scales * 1e-3, (1, blocks)), values, scales * 1e-2
+    found = jax.jit(kernels.INTEGER_DOT["pallas"].multiply_gated)(*arrays)
+    gate, up = np.split(exact(x, row_scales * 1e-3, values, scales * 1e-2), 2, axis=1)
+    assert (found.shape, found.dtype) == ((rows, 4096), jnp.bfloat16)
+    expected = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-5)
