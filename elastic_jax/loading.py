@@ -97,9 +97,11 @@ def _compile(
     if kv_slots is None:
         available = available_memory(store.device)
         kv_slots = default_pool(
-            checkpoint, store.plan, store.dtype, platform, available=available, max_context=max_context
+            checkpoint, store.plan, store.dtype, platform, available=available, max_context=max_context, kv=store.kv
         )
-    step = default_step_config(checkpoint.config, platform, store.dtype, kv_slots=kv_slots, max_context=max_context)
+    step = default_step_config(
+        checkpoint.config, platform, store.dtype, kv_slots=kv_slots, max_context=max_context, kv=store.kv
+    )
     if message := unmeasured(step, store.device):
         say(message)
 

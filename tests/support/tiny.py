@@ -57,6 +57,7 @@ def tiny_step_config(**changes: Any) -> StepConfig:
         "integer_dot": "xla",
         "decode": "xla",
         "sampling": "xla",
+        "kv": "full",
     }
     return StepConfig(**(sizes | changes))
 
