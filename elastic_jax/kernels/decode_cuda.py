@@ -28,6 +28,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import compute_capability
+from elastic_jax.kv_cache import QuantizedCache
 from elastic_jax.model import Block, rotation
 from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import QArray
@@ -152,7 +153,7 @@ def takes(layers: Sequence[Block], tokens: int) -> bool:
 
 
 def run_layers(
-    layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Array, ...], batch: TokenBatch
+    layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Any, ...], batch: TokenBatch
 ) -> tuple[BFloat16[Array, "tokens hidden"], tuple[Array, ...]]:
     """All layers over generated tokens.
 
@@ -168,6 +169,8 @@ def run_layers(
     Raises:
         ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
     """
+    if any(isinstance(cache, QuantizedCache) for cache in kv):
+        raise ConfigError(f"{_NAME} takes a KV cache in bfloat16, found int8; {_INSTEAD}")
     register()
     capability = compute_capability(_NAME, _INSTEAD)
     tokens, hidden = x.shape
