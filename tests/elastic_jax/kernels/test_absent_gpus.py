@@ -49,9 +49,7 @@ def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
         assert kernel in text
     # So it is with keys and values in int8, and sampling's kernel.
     step = dataclasses.replace(STEP, kv="int8", sampling="cuda")
-    unit = next(
-        u for u in make_units(CONFIG, provisional_plans(CONFIG)["S"], step) if u.name == "step.d4.p64.sampling"
-    )
+    unit = next(u for u in make_units(CONFIG, provisional_plans(CONFIG)["S"], step) if u.name == "step.d4.p64.sampling")
     manifest = compile_units([unit], tmp_path / "int8", {}, device, **options)
     cache = step.kv_slots * 2 * CONFIG.num_kv_heads * (CONFIG.head_dim + 4)
     assert manifest.units[unit.name].memory.aliased >= cache
