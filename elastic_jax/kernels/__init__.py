@@ -11,6 +11,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.kernels import attention_xla, integer_dot_xla
 from elastic_jax.model import Attention, Decode, Dot
+from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import IntegerDot
 from elastic_jax.quantization import dot as quantized_dot
 from elastic_jax.sampling import Choose
@@ -25,10 +26,10 @@ def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
     return attention_pallas.attention(query, kv, batch)
 
 
-def _pallas_multiply(*operands: Array) -> Array:
+def _pallas_multiply(x: Array, row_scales: Array, values: Array, scales: Array, residual: Array | None) -> Array:
     from elastic_jax.kernels import integer_dot_pallas
 
-    return integer_dot_pallas.multiply(*operands)
+    return integer_dot_pallas.multiply(x, row_scales, values, scales, residual)
 
 
 def _pallas_multiply_gated(*operands: Array) -> Array:
@@ -37,10 +38,10 @@ def _pallas_multiply_gated(*operands: Array) -> Array:
     return integer_dot_pallas.multiply_gated(*operands)
 
 
-def _pallas_quantize_8bit(x: Array) -> tuple[Array, Array]:
+def _pallas_quantize_8bit(x: Array, norm: RMSNorm | None, blocks: int) -> tuple[Array, Array]:
     from elastic_jax.kernels import quantize_pallas
 
-    return quantize_pallas.quantize_8bit(x)
+    return quantize_pallas.quantize_8bit(x, norm, blocks)
 
 
 ATTENTION: dict[str, Attention] = {"xla": attention_xla.attention, "pallas": _pallas_attention}

@@ -29,7 +29,8 @@ from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import compute_capability
 from elastic_jax.kv_cache import QuantizedCache
-from elastic_jax.model import Block, RMSNorm, rotation
+from elastic_jax.model import Block, rotation
+from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import QArray
 
 _NAME = "the decode called 'cuda'"

@@ -112,8 +112,7 @@ def test_decode_in_cuda_refuses_it_by_name_and_is_not_the_default():
 def models(checkpoint_of, tmp_path_factory):
     """A tiny model, compiled and loaded with both caches."""
     folder = tmp_path_factory.mktemp("int8") / "tiny.elastic"
-    ignored = shutil.ignore_patterns("executables", ".*")
-    shutil.copytree(checkpoint_of("tiny_mistral").path, folder, ignore=ignored)
+    shutil.copytree(checkpoint_of("tiny_mistral").path, folder, ignore=shutil.ignore_patterns("executables"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(executables._BUCKETS, "cpu", (Bucket(1, 0), Bucket(4, 0), Bucket(0, 32)))
         yield {kv: load(folder, kv, on_missing="compile") for kv in ("int8", "full")}

@@ -30,8 +30,8 @@ build() {
 
 for name in ${ONLY:-decode sampling}; do
   case "$name" in
-    decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90}" \
-      decode.cu layer.cuh activations.cuh attention.cuh products.cuh packing.cuh -- "$@" ;;
+    decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90}" decode.cu layer.cuh activations.cuh \
+      attention.cuh products.cuh packing.cuh -- "$@" ;;
     sampling) build libelastic_sampling.so "${CAPABILITIES:-80 89 90 100 120}" sampling.cu sampling.cuh -- "$@" ;;
     *) echo "no library is called $name; there are: decode sampling" >&2 && exit 2 ;;
   esac

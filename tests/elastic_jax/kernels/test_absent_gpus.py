@@ -45,7 +45,7 @@ def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
 
     with jax.default_device(device):
         text = jax.jit(units[0].function).trace(*units[0].arguments).lower(lowering_platforms=("cuda",)).as_text()
-    for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel"):
+    for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel", "quantize_normed_kernel"):
         assert kernel in text
     # So it is with keys and values in int8, and sampling's kernel.
     step = dataclasses.replace(STEP, kv="int8", sampling="cuda")
