@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +7,16 @@ import numpy as np
 import pytest
 from tiny import MISTRAL_SMALL, tiny_step_config
 
+from elastic_jax import executables
 from elastic_jax.batch import TokenBatch
-from elastic_jax.errors import ConfigError
-from elastic_jax.executables import default_step_config
+from elastic_jax.elastic import ElasticMistral
+from elastic_jax.errors import ConfigError, ExecutableError
+from elastic_jax.executables import default_step_config, store_folders
+from elastic_jax.info import describe
 from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import QuantizedCache, abstract_cache, write
 from elastic_jax.memory import plan_memory
-from elastic_jax.step import abstract_state, copy_page
+from elastic_jax.step import Bucket, abstract_state, copy_page
 
 SHAPE = (32, 2, 3, 8)
 store = jax.jit(write)
@@ -99,3 +103,59 @@ def test_decode_in_cuda_refuses_it_by_name_and_is_not_the_default():
     batch = TokenBatch(none, none, none, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), 0, 16)
     with pytest.raises(ConfigError, match="the decode called 'cuda' takes a KV cache in bfloat16, found int8"):
         decode_cuda.run_layers([], jnp.zeros((0, 8), jnp.bfloat16), (empty("int8"),), batch)
+
+
+# -- a whole mode ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint_of, tmp_path_factory):
+    """A tiny model, compiled and loaded with both caches."""
+    folder = tmp_path_factory.mktemp("int8") / "tiny.elastic"
+    shutil.copytree(checkpoint_of("tiny_mistral").path, folder, ignore=shutil.ignore_patterns("executables"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(executables._BUCKETS, "cpu", (Bucket(1, 0), Bucket(4, 0), Bucket(0, 32)))
+        yield {kv: load(folder, kv, on_missing="compile") for kv in ("int8", "full")}
+
+
+def load(folder, kv, **options):
+    return ElasticMistral.load(folder, "XL", dtype="float32", kv=kv, max_context=128, say=lambda _: None, **options)
+
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+
+
+def test_a_mode_runs_with_it(models):
+    int8, full = models["int8"], models["full"]
+    assert (int8.info()["kv"], full.info()["kv"]) == ("int8", "full")
+    assert full.memory.kv_token > 2 * int8.memory.kv_token  # of float32
+    pair = [(PROMPT, [21, 22, 23, 24, 25, 26])]
+    rounded, exact = (model.score(pair)[0].log_probability for model in (int8, full))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=0.05)
+    # Generating reads what prompts wrote, in pages that answers share and then copy.
+    for options in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 3, "choices": 3}):
+        answers = int8.generate(PROMPT, max_new_tokens=9, ignore_end=True, **options)
+        again = int8.generate(PROMPT, max_new_tokens=9, ignore_end=True, **options)
+        listed = [answers] if not options else answers
+        assert [a.token_ids for a in listed] == [a.token_ids for a in ([again] if not options else again)]
+        assert all(np.isfinite(a.log_probabilities).all() and len(a.token_ids) == 9 for a in listed)
+
+
+def test_stores_are_kept_apart(models):
+    folder = models["int8"].checkpoint.path
+    stores = {path.parent.name for path in store_folders(folder)}
+    assert stores == {"XL.float32", "XL.float32.kv-int8"}
+    described = {store["mode"]: store["kv"] for store in describe(folder)["executables"]}
+    assert described == {"XL.float32": "full", "XL.float32.kv-int8": "int8"}
+    again = load(folder, "int8", on_missing="error")
+    assert again.info()["executables"]["folder"].endswith("XL.float32.kv-int8/kv16384")
+    shutil.rmtree(folder / "executables")
+    with pytest.raises(ExecutableError, match=r"elastic-jax compile .* --mode XL --dtype float32 --kv int8"):
+        load(folder, "int8", on_missing="error")
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_other_precisions_are_refused(checkpoint_of):
+    with pytest.raises(ConfigError, match='kv must be "full" or "int8", found \'fp8\''):
+        load(checkpoint_of("tiny_mistral").path, "fp8")
