@@ -8,12 +8,10 @@ import pytest
 from tiny import MISTRAL_SMALL, tiny_step_config
 
 from elastic_jax import executables
-from elastic_jax.batch import TokenBatch
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import ConfigError, ExecutableError
 from elastic_jax.executables import default_step_config, store_folders
 from elastic_jax.info import describe
-from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import QuantizedCache, abstract_cache, write
 from elastic_jax.memory import plan_memory
 from elastic_jax.step import Bucket, abstract_state, copy_page
@@ -96,13 +94,9 @@ def test_the_state_has_two_leaves_a_layer():
     assert [leaf.dtype for leaf in jax.tree.leaves(state.kv)] == [jnp.int8, jnp.float32] * 3
 
 
-def test_decode_in_cuda_refuses_it_by_name_and_is_not_the_default():
+def test_every_kernel_takes_it():
     step = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=4096, max_context=None, kv="int8")
-    assert (step.attention, step.integer_dot, step.decode) == ("pallas", "pallas", "xla")
-    none = jnp.zeros(0, jnp.int32)
-    batch = TokenBatch(none, none, none, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), 0, 16)
-    with pytest.raises(ConfigError, match="the decode called 'cuda' takes a KV cache in bfloat16, found int8"):
-        decode_cuda.run_layers([], jnp.zeros((0, 8), jnp.bfloat16), (empty("int8"),), batch)
+    assert (step.attention, step.integer_dot, step.decode) == ("pallas", "pallas", "cuda")
 
 
 # -- a whole mode ------------------------------------------------------------------------------------------------------
