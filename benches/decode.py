@@ -1,11 +1,10 @@
-"""Steps by themselves, without an engine: fused decode checked and timed, its tiles tuned, prompts timed.
+"""Steps by themselves, without an engine: fused decode checked and timed, prompts timed.
 
 Method. Mistral-Small-3.1-24B's shape with random weights, on an NVIDIA GPU. The check runs the same step with
 --check-layers layers fused and composed, and compares logits and written keys and values (norm of the difference over
 the norm). Decode: the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the
 clock stops when the last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a
-step; `limit_tb_s` is the sum of a 4 GB array, read in this run. Prompts run --prompt-layers layers. --tune tries tiles
-for one product after the other, with --tune-layers layers.
+step; `limit_tb_s` is the sum of a 4 GB array, read in this run. Prompts run --prompt-layers layers.
 
     python benches/decode.py --modes S XL --tokens 1 8 16 --out benches/results/<device>/decode.json
 """
@@ -22,11 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from environment import report
 from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
-from tiles import write_tiles
 
 from elastic_jax.executables import default_step_config
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels import decode_cuda
 from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.step import Bucket, StepConfig
 from elastic_jax.units import build_model, make_units, step_name
@@ -246,29 +243,6 @@ def measure(
     }
 
 
-def tune(config: Any, mode: str, weights: Any, tokens: int, context: int, steps: int) -> list[dict[str, Any]]:
-    """Tiles of each product, tried one product after the other with the best of those before, which stay in use."""
-    capability = int(jax.devices()[0].compute_capability.replace(".", ""))
-    precision = "bf16" if mode == "XL" else "int8"
-    rows = []
-    for name in ("gate_up", "down", "qkv", "o"):
-        weight = weights[f"layers.0.{name}"]
-        out, contraction = weight.shape
-        paired = name == "gate_up"
-        entry = decode_cuda.measured_tiles().setdefault((capability, precision, out, contraction), {})
-        fitting = list(decode_cuda.fitting_tiles(capability, weight, tokens, paired=paired, whole=paired))
-        tried = []
-        for tiles in [t for t in fitting if t.parts <= max(2, fitting[0].parts * 2)][:5]:
-            entry[tokens] = tiles
-            seconds = float(np.median(Step(config, mode, tokens, context, "cuda", weights).seconds(steps, 3)))
-            tried.append((seconds, tiles))
-            print(f"  {mode} {tokens} {name} {tuple(tiles)} {seconds * 1e3:.3f} ms", flush=True)
-        entry[tokens] = min(tried)[1]
-        shape = {"capability": capability, "precision": precision, "out": out, "contraction": contraction}
-        rows.append({**shape, "tokens": tokens, "tiles": entry[tokens]._asdict()})
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=["S", "XL"])
@@ -279,12 +253,9 @@ def main() -> None:
     parser.add_argument("--check-layers", type=int, default=2)
     parser.add_argument("--check-contexts", nargs="*", type=int, default=[77, 1000])
     parser.add_argument("--prompt-layers", type=int, default=40)
-    parser.add_argument("--tune-layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--kv", choices=["full", "int8"], default="full", help="precision of the KV cache")
-    parser.add_argument("--tune", nargs="*", type=int, default=[], help="tokens to tune for, at the first context")
     parser.add_argument("--composed", action="store_true", help="time the composed step too")
-    parser.add_argument("--tiles", type=Path, help="write tuned tiles here (elastic_jax/kernels/decode_tiles.json)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     limit = reading_limit()
@@ -295,7 +266,7 @@ def main() -> None:
             for context in arguments.check_contexts:
                 checks.append(check(mode, tokens, arguments.check_layers, context, arguments.kv))
                 print(json.dumps(checks[-1]), flush=True)
-    rows, tuned, prompts = [], [], []
+    rows, prompts = [], []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
     for mode in arguments.modes:
         if arguments.prompts:
@@ -305,13 +276,6 @@ def main() -> None:
                 for blocked in (False, True) if mode == "S" else (False,):
                     prompts.append(measure_prompt(short, mode, weights, tokens, blocked))
                     print(json.dumps(prompts[-1]), flush=True)
-        if arguments.tune:
-            short = dataclasses.replace(config, num_layers=arguments.tune_layers)
-            weights = draw(short, mode)
-            for tokens in arguments.tune:
-                tuned += tune(short, mode, weights, tokens, arguments.contexts[0], arguments.steps)
-            if arguments.tiles:
-                write_tiles(arguments.tiles, tuned)
         weights = draw(config, mode)
         for tokens in arguments.tokens:
             for context in arguments.contexts:
@@ -320,7 +284,7 @@ def main() -> None:
                     rows[-1]["fraction_of_limit"] = rows[-1]["read_tb_s"] / limit
                     print(json.dumps(rows[-1]), flush=True)
         del weights
-    facts = {"bench": "decode", "limit_tb_s": limit, "checks": checks, "prompts": prompts, "tuned": tuned}
+    facts = {"bench": "decode", "limit_tb_s": limit, "checks": checks, "prompts": prompts}
     report(rows, facts, arguments.out)
 
 

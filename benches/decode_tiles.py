@@ -1,33 +1,62 @@
-"""Writes what `elastic_jax/kernels/cuda/tune.cu` found into the table of decode's tiles.
+"""Chooses the sizes of decode's products on the GPU at hand, for the table that the kernels read.
 
-make tune-decode                         # on the device: builds the tuner, runs it, and then this
-python benches/decode_tiles.py FILE...   # the tuner's JSON lines
+Builds `elastic_jax/kernels/cuda/tune.cu` (nvcc of CUDA 13), which describes the method, runs it for the shape of
+Mistral-Small-3.1-24B, and writes elastic_jax/kernels/decode_tiles.json; other devices' entries stay.
+
+    python benches/decode_tiles.py                   # about 10 s for each precision and number of tokens
+    python benches/decode_tiles.py --lines FILE...   # only the table, from the tuner's output elsewhere
 """
 
 import argparse
 import json
+import subprocess
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
+from random_model import MISTRAL_SMALL
+from tiles import write_tiles
 
-TABLE = Path(__file__).parent.parent / "elastic_jax" / "kernels" / "decode_tiles.json"
-KEY = ("capability", "precision", "out", "contraction", "tokens")
+KERNELS = Path(__file__).parent.parent / "elastic_jax" / "kernels"
+TABLE = KERNELS / "decode_tiles.json"
+KEPT = ("precision", "out", "contraction", "tokens", "tiles")
+
+
+def tune(precisions: Iterable[str], tokens: Iterable[int], context: int, capability: int) -> list[str]:
+    """The tuner's lines."""
+    shape = MISTRAL_SMALL
+    heads = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    sizes = [shape.hidden_size, shape.intermediate_size, *heads, shape.vocab_size, context]
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "tune"
+        source = KERNELS / "cuda" / "tune.cu"
+        subprocess.run(["nvcc", "-O3", "-std=c++17", f"-arch=sm_{capability}", "-o", program, source], check=True)
+        for precision in precisions:
+            for count in tokens:
+                command = [program, *map(str, sizes), precision, str(count)]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                print(output, end="", flush=True)
+                lines += output.splitlines()
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--precisions", nargs="+", default=["int8", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--lines", nargs="+", type=Path)
     parser.add_argument("--capability", type=int, help="ten times the compute capability; that of this machine's GPU")
     arguments = parser.parse_args()
     capability = arguments.capability or int(jax.devices()[0].compute_capability.replace(".", ""))
-    entries = json.loads(TABLE.read_text())
-    for line in (line for file in arguments.files for line in file.read_text().splitlines()):
-        found = json.loads(line)
-        entries.append({"capability": capability} | {name: found[name] for name in (*KEY[1:], "tiles")})
-    table: dict[tuple[Any, ...], dict[str, Any]] = {tuple(entry[name] for name in KEY): entry for entry in entries}
-    TABLE.write_text(json.dumps([table[key] for key in sorted(table)], indent=1) + "\n")
-    print(f"{TABLE.name}: {len(table)} entries")
+    if arguments.lines:
+        lines = [line for file in arguments.lines for line in file.read_text().splitlines()]
+    else:
+        lines = tune(arguments.precisions, arguments.tokens, arguments.context, capability)
+    found = [json.loads(line) for line in lines]
+    write_tiles(TABLE, [{"capability": capability} | {name: entry[name] for name in KEPT} for entry in found])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ from elastic_jax.step import StepConfig
 
 _MEASURE = {
     "integer dot": "python benches/integer_dot.py --tiles elastic_jax/kernels/integer_dot_tiles.json",
-    "decode": "python benches/decode.py --tune 1 8 16 --tokens 1 --layers 2 --prompts "
-    "--tiles elastic_jax/kernels/decode_tiles.json",
+    "decode": "python benches/decode_tiles.py",
 }
 """What measures sizes and adds them to those of other devices; docs/targets.md explains it."""
 

@@ -1,5 +1,5 @@
-// Chooses the sizes of decode's products on the device at hand: `make tune-decode` builds and runs it, and
-// benches/decode_tiles.py writes what it prints to decode_tiles.json.
+// Chooses the sizes of decode's products on the device at hand. benches/decode_tiles.py builds and runs it, and keeps what
+// it prints.
 //
 // Method. Some layers with random weights, more than the L2 cache holds, run one after the other on one stream as they do
 // in a step. One product after the other gets every size that fits, with the best found for the others, twice round;
