@@ -112,7 +112,7 @@ def calibrate(
     """
     check_destination(destination)
     config = source.config
-    forward = Forward(source, text.windows, device, workers)
+    forward = Forward.load(source, text.windows, device, workers)
     count, length = text.windows.shape
     split = max(1, count * 2 // 3) * length
     record: dict[str, Any] = {}
@@ -128,7 +128,13 @@ def calibrate(
                 name, held_out = f"layers.{layer}.{kind}", inputs[kind][split:]
                 largest = np.asarray(jnp.max(jnp.abs(inputs[kind][:split]), axis=0))
                 found, wanted[kind] = choose_strength(
-                    config, kind, forward.weight(name, "bf16"), largest, held_out, strengths, forward.dot_name
+                    config,
+                    kind,
+                    forward.weight(name, "bf16").astype(jnp.float32),
+                    largest,
+                    held_out,
+                    strengths,
+                    forward.dot_name,
                 )
                 record[name] = found.to_json()
             groups = {

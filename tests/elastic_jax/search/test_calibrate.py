@@ -39,7 +39,7 @@ def pair(request, checkpoint_of, tmp_path_factory):
 
 
 def logits(checkpoint):
-    forward = Forward(checkpoint, text(checkpoint.config, seed=7).windows, DEVICE, 2)
+    forward = Forward.load(checkpoint, text(checkpoint.config, seed=7).windows, DEVICE, 2)
     x = forward.run(forward.embed(), 0, provisional_plans(checkpoint.config)["XL"].choices, "prompt")
     norm = RMSNorm(forward.norm("final_norm"), checkpoint.config.rms_norm_eps)
     return np.asarray(kernels.dot("xla")(norm(x), forward.weight("lm_head", "bf16"), generated=0))
