@@ -47,6 +47,7 @@ def _costs(opened: Any, file: Path | None, workload: tuple[int, int, int], targe
     from elastic_jax.executables import default_step_config
     from elastic_jax.search.cost_measured import measure_costs
     from elastic_jax.search.cost_predicted import predict_costs
+    from elastic_jax.search.cost_steps import measure_step_costs
     from elastic_jax.search.workload import Costs, Workload
 
     if file is not None and target is not None:
@@ -60,6 +61,9 @@ def _costs(opened: Any, file: Path | None, workload: tuple[int, int, int], targe
     if target is not None:
         return predict_costs(opened.config, wanted, target, step)
     note("measuring the cost of every choice on this device; anything else that runs spoils it", quiet)
+    if step.decode != "xla":
+        workers = default_workers()
+        return measure_step_costs(opened.config, wanted, step, device, workers=workers, progress=Steps(quiet))
     return measure_costs(opened.config, wanted, step, device, progress=Steps(quiet))
 
 
@@ -167,16 +171,23 @@ def frontier(
         str | None,
         typer.Argument(help="0.0 (fastest) to 1.0 (original), max-loss=1%, min-speedup=1.5, max-gib=30, or several."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw loss against speed and memory into this file, as SVG.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the plans that a search found; or which of them a request means, and why."""
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.frontier import REQUESTS, Frontier
+    from elastic_jax.frontier_plot import plot as drawn
 
     opened = Checkpoint.open(checkpoint)
     found = Frontier.read(opened.path)
     if found is None:
         raise PlanError(f"{checkpoint} has no frontier: `elastic-jax search {checkpoint}` finds one")
+    if plot is not None:
+        plot.write_text(drawn(found), "utf-8")
+        note(f"drawn into {plot}", as_json)
     if request is None:
         print_value(found.to_json(), as_json, lambda: _shown(found, {}))
         return

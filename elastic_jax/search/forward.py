@@ -1,7 +1,7 @@
 """The model one layer at a time, over windows of text: what calibration and search measure with.
 
-Layers are all of one shape, so one compiled unit serves every half of a layer (attention, MLP) that has the same
-choices, and a measurement runs only the layers from the one that it changes on. The residual stream and attention are
+Layers are all of one shape, so one compiled unit serves a kind of group at one choice in all layers and plans, and a
+measurement runs only the layers from the one that it changes on. The residual stream and attention are
 float32 and `bf16` products have activations of 16 bits or more (`products.exact`): bfloat16's own rounding, which every
 mode has, would hide what a single group adds.
 """
@@ -23,7 +23,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import MLP, Dot, RMSNorm, SelfAttention, rotation
+from elastic_jax.model import MLP, Dot, RMSNorm, SelfAttention, rotate, rotation
 from elastic_jax.plan import Choice, provisional_plans, stored_precision
 from elastic_jax.quantization import QArray
 from elastic_jax.search.distances import Distances, Head, Reference
@@ -115,10 +115,10 @@ class Forward:
         """A norm's weight by its name in `Weights`."""
         return self._float[name]
 
-    def half_weights(self, half: str, layer: int, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The norm and the groups of half a layer, by name and kind."""
+    def half_weights(self, half: str, layer: int) -> dict[str, Any]:
+        """The norm and the float matrices of half a layer, by name and kind."""
         norm, kinds = HALVES[half]
-        weights = {kind: self.weight(f"layers.{layer}.{kind}", choices[KINDS.index(kind)]) for kind in kinds}
+        weights = {kind: self.weight(f"layers.{layer}.{kind}", "bf16") for kind in kinds}
         return weights | {norm: self.norm(f"layers.{layer}.{norm}")}
 
     @property
@@ -146,12 +146,17 @@ class Forward:
     def _run(
         self, x: Array, layer: int, choices: Sequence[Choice], role: Role, *, capture: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The two halves of a layer, compiled apart: a plan has far fewer kinds of halves than of layers."""
         captured: tuple[Array, ...] = ()
-        for half in HALVES:
-            weights = self.half_weights(half, layer, choices)
-            x, found = _half(x, weights, half, self.config, self.shape, role, self.dot_name, capture=capture)
-            captured += found
+        settings = (self.config, self.shape, self.dot_name)
+        norms = {kinds[0]: self.norm(f"layers.{layer}.{norm}") for norm, kinds in HALVES.values()}
+        given: Array | None = None
+        for kind, choice in zip(KINDS, choices, strict=True):
+            # To a generated token all int8 choices are one, and it is what prompt tokens have in `w8a16`.
+            same: Choice = "w8a16" if role == "generated" and choice != "bf16" else choice
+            weight = self.weight(f"layers.{layer}.{kind}", same)
+            out, read = _piece(x, given, norms.get(kind), weight, kind, *settings, capture=capture)
+            x, given = (out, None) if given is not None else (x, out)
+            captured += read
         return x, captured
 
     def run(
@@ -221,12 +226,16 @@ def _batch(shape: tuple[int, int], generated: int) -> TokenBatch:
     )
 
 
-def _attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
+def attend(
+    query: Float32[Array, "tokens heads dim"],
+    keys: Float32[Array, "tokens kv_heads dim"],
+    values: Float32[Array, "tokens kv_heads dim"],
+    shape: tuple[int, int],
+) -> Float32[Array, "tokens heads dim"]:
     """Causal attention within windows that are all of one length, from dense products, which can be differentiated."""
-    windows, (tokens, heads, dim), kv_heads = batch.rows, query.shape, kv.shape[2]
-    length = tokens // windows
-    keys, values = jnp.moveaxis(kv.reshape(windows, -1, 2, kv_heads, dim)[:, :length], 2, 0)
-    grouped = query.reshape(windows, length, kv_heads, heads // kv_heads, dim)
+    (windows, length), (tokens, heads, dim) = shape, query.shape
+    keys, values = (each.reshape(windows, length, -1, dim) for each in (keys, values))
+    grouped = query.reshape(windows, length, keys.shape[2], -1, dim)
     highest = jax.lax.Precision.HIGHEST
     scores = jnp.einsum("wlhgd,wmhd->whglm", grouped, keys, precision=highest) / np.float32(np.sqrt(dim))
     visible = jnp.tril(jnp.ones((length, length), bool))
@@ -240,40 +249,65 @@ def run_half(
     half: str,
     config: ModelConfig,
     shape: tuple[int, int],
-    role: Role,
     dot: Dot,
 ) -> Array:
-    """The residual stream after attention or MLP: `model.Block` adds one after the other."""
-    batch = _batch(shape, shape[0] * shape[1] if role == "generated" else 0)
+    """The residual stream of prompt tokens after attention or MLP, by the model's own modules."""
+    batch = _batch(shape, 0)
+
+    def attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
+        pages = kv.reshape(batch.rows, -1, *kv.shape[1:])[:, : shape[1]]
+        keys, values = (pages[:, :, n].reshape(-1, *kv.shape[2:]) for n in range(2))
+        return attend(query, keys, values, shape)
+
     normed = RMSNorm(weights[HALVES[half][0]], config.rms_norm_eps)(x)
     if half == "attention":
         slots = batch.block_table.size * _PAGE
         cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
         angles = rotation(batch.position, config.head_dim, config.rope_theta)
-        added, _ = SelfAttention(config, weights["qkv"], weights["o"], _attention, dot)(normed, angles, cache, batch)
+        added, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(normed, angles, cache, batch)
     else:
         added = MLP(weights["gate_up"], weights["down"], dot)(normed, generated=batch.generated)
     return x + added
 
 
-@functools.partial(jax.jit, static_argnames=("half", "config", "shape", "role", "dot_name", "capture"))
-def _half(
+@functools.partial(jax.jit, static_argnames=("kind", "config", "shape", "dot_name", "capture"))
+def _piece(
     x: Array,
-    weights: dict[str, Any],
-    half: str,
+    given: Array | None,
+    norm: Array | None,
+    weight: Any,
+    kind: str,
     config: ModelConfig,
     shape: tuple[int, int],
-    role: Role,
     dot_name: str,
     *,
     capture: bool,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """`run_half`, and the inputs of its groups."""
-    named_dot, captured = product(dot_name), []
+    """One group of a layer with what belongs to it: together they are `run_half`, compiled apart.
 
-    def dot(x: Array, weight: Any, *, generated: int, gated: bool = False) -> Array:
-        captured.append(x.astype(jnp.float32))
-        return named_dot(x, weight, generated=generated, gated=gated)
+    Args:
+        x: the residual stream.
+        given: what the group before made of it; None where a half begins.
+        norm: weight of the norm where a half begins.
+        weight: the group's.
+        kind: the group's.
+        config: the model.
+        shape: windows, and tokens of each.
+        dot_name: the integer dot.
+        capture: whether the group's input is wanted.
 
-    out = run_half(x, weights, half, config, shape, role, dot)
-    return out, tuple(captured) if capture else ()
+    Returns:
+        what `given` is to the next group, or the residual stream after a half; and the input.
+    """
+    batch, c = _batch(shape, 0), config
+    if norm is not None:
+        read = RMSNorm(norm, c.rms_norm_eps)(x)
+    elif kind == "o" and given is not None:
+        q, k, v = jnp.split(given, (c.q_size, c.q_size + c.kv_size), axis=-1)
+        angles = rotation(batch.position, c.head_dim, c.rope_theta)
+        q, k = (rotate(each.reshape(x.shape[0], -1, c.head_dim), *angles) for each in (q, k))
+        read = attend(q, k, v.reshape(k.shape), shape).reshape(-1, c.q_size)
+    else:
+        read = given
+    out = product(dot_name)(read, weight, generated=0, gated=kind == "gate_up").astype(jnp.float32)
+    return out if given is None else x + out, (read,) if capture and read is not None else ()

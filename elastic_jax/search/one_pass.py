@@ -89,7 +89,7 @@ def layer_scores(forward: Forward, x: Array, layer: int, gradient: Array) -> tup
         the gradient by the residual stream before it, and group -> float32 [choices].
     """
     settings = (forward.config, forward.shape, forward.dot_name)
-    floats = {half: forward.half_weights(half, layer, ("bf16",) * 4) for half in HALVES}
+    floats = {half: forward.half_weights(half, layer) for half in HALVES}
     middle = _forward_half(x, floats["attention"], "attention", *settings)
     found: dict[str, Array] = {}
     for half, before in (("mlp", middle), ("attention", x)):
@@ -107,7 +107,7 @@ def _settings(head: Head) -> tuple[Any, ...]:
 def _forward_half(
     x: Array, weights: dict[str, Any], half: str, config: ModelConfig, shape: tuple[int, int], dot_name: str
 ) -> Array:
-    return run_half(x, weights, half, config, shape, "prompt", product(dot_name))
+    return run_half(x, weights, half, config, shape, product(dot_name))
 
 
 @functools.partial(jax.jit, static_argnames=("half", "config", "shape", "dot_name"))
@@ -138,7 +138,7 @@ def _half_scores(
             gate, up = jnp.split(out, 2, axis=-1)
             return jax.nn.silu(gate) * up
 
-        return run_half(x, floats, half, config, shape, "prompt", probed), seen
+        return run_half(x, floats, half, config, shape, probed), seen
 
     probes = {kind: jnp.zeros((x.shape[0], sizes[kind]), jnp.float32) for kind in kinds}
     _, pull, seen = jax.vjp(run, x, probes, has_aux=True)
