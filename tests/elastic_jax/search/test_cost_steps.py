@@ -23,8 +23,9 @@ TINY = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_every_choice_of_every_kind_is_timed_in_whole_steps(tmp_path):
-    config, told = dataclasses.replace(TINY, num_layers=12), []
+    config, told = dataclasses.replace(TINY, num_layers=3), []
     costs = measure_step_costs(
         config,
         Workload(16, 4, 1),
