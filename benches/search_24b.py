@@ -174,6 +174,7 @@ def latency(config: Any, floats: Any, step: Any, device: Any, workers: int) -> d
         step,
         device,
         workers=workers,
+        floats=floats,
         progress=lambda done, total, name: say(f"{done}/{total} {name}"),
     )
     say(f"costs in {time.perf_counter() - start:.0f} s")
@@ -183,7 +184,7 @@ def latency(config: Any, floats: Any, step: Any, device: Any, workers: int) -> d
     start = time.perf_counter()
     clocks = {role: StepClock(config, WORKLOAD, buckets[role][0], step, device) for role in ROLES}
     for role in ROLES:  # before the int8 weights are there: XLA tunes in what memory is left
-        clocks[role].compile(six, workers)
+        clocks[role].compile(six.values(), workers)
         say(f"{len(six)} steps of {role} tokens compiled, {time.perf_counter() - start:.0f} s")
     weights = RandomWeights(config, step.dtype, device, floats)
     for role in ROLES:
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="steps compiled at once")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="steps compiled at once")
     parser.add_argument("--small", action="store_true", help="a small model, to check this script")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

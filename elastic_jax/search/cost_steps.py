@@ -19,6 +19,7 @@ from elastic_jax.search.forward import ROLES, Role
 from elastic_jax.search.timed_steps import RandomWeights, StepClock
 from elastic_jax.search.workload import Costs, Workload
 from elastic_jax.step import StepConfig
+from elastic_jax.weights import Weights
 
 _BYTES = 3 << 30
 _FEWEST, _MOST = 3, 8
@@ -48,6 +49,7 @@ def measure_step_costs(
     *,
     workers: int,
     progress: Steps,
+    floats: Weights | None = None,
 ) -> Costs:
     """Seconds of each kind of group by choice and role.
 
@@ -58,11 +60,11 @@ def measure_step_costs(
         device: is measured.
         workers: steps that are compiled at the same time.
         progress: is told about steps.
+        floats: weights of mode XL to be used instead of drawing some.
     """
     one, many = thin(config)
     kinds = {group.kind: group for group in model_groups(config).values()}
     buckets = workload.buckets(step.buckets)
-    weights = {each.num_layers: RandomWeights(each, step.dtype, device) for each in (one, many)}
     groups: dict[Role, dict[str, dict[Choice, float]]] = {}
     rest: dict[Role, float] = {}
     # Generated tokens, and the head, have one arithmetic for all int8 choices.
@@ -76,26 +78,31 @@ def measure_step_costs(
         for role in ROLES
     }
     total, done = sum(len(each) + 2 for each in changed.values()), 0
+    base = {each.num_layers: _plan(each) for each in (one, many)}
+    plans = {role: {(kind, choice): _plan(many, kind, choice) for kind, choice in changed[role]} for role in ROLES}
+    clocks = {
+        role: {each.num_layers: StepClock(each, workload, buckets[role][0], step, device) for each in (one, many)}
+        for role in ROLES
+    }
+    for role in ROLES:  # before weights fill the device: XLA tunes in what memory is left
+        progress(done, total, f"compiling {len(plans[role]) + 2} steps of {role} tokens")
+        clocks[role][many.num_layers].compile([*plans[role].values(), base[many.num_layers]], workers)
+        clocks[role][1].compile([base[1]], workers)
+    weights = {each.num_layers: RandomWeights(each, step.dtype, device, floats) for each in (one, many)}
     for role in ROLES:
-        clocks = {each.num_layers: StepClock(each, workload, buckets[role][0], step, device) for each in (one, many)}
-        plans = {(kind, choice): _plan(many, kind, choice) for kind, choice in changed[role]}
-        base = {each.num_layers: _plan(each) for each in (one, many)}
-        progress(done, total, f"compiling {len(plans) + 2} steps of {role} tokens")
-        clocks[many.num_layers].compile({p.name: p for p in (*plans.values(), base[many.num_layers])}, workers)
-        clocks[1].compile({"base": base[1]}, workers)
 
-        def seconds(layers: int, plan: Plan, clocks: Mapping[int, StepClock] = clocks) -> float:
-            return clocks[layers].seconds(plan, weights[layers].of(plan))
+        def seconds(layers: int, plan: Plan, role: Role = role) -> float:
+            return clocks[role][layers].seconds(plan, weights[layers].of(plan))
 
         thick, single = seconds(many.num_layers, base[many.num_layers]), seconds(1, base[1])
         layer = max((thick - single) / (many.num_layers - 1), 0.0)
         saved: dict[tuple[str, Choice], float] = {}
-        for each, (key, plan) in enumerate(plans.items()):
+        for each, (key, plan) in enumerate(plans[role].items()):
             progress(done + 2 + each, total, f"{key[0]} {key[1]}, {role} tokens")
             copies = 1 if key[0] == LM_HEAD else many.num_layers
             saved[key] = (thick - seconds(many.num_layers, plan)) / copies
         groups[role], rest[role] = _shared(kinds, layer, single - layer, saved)
-        done += len(plans) + 2
+        done += len(plans[role]) + 2
     progress(total, total, "done")
     return Costs(
         device=device.device_kind,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,10 +56,10 @@ class StepClock:
         self._context, self._first = context, start
         self._compiled: dict[str, Any] = {}
 
-    def compile(self, plans: Mapping[str, Plan], workers: int) -> None:
+    def compile(self, plans: Iterable[Plan], workers: int) -> None:
         """Compiles the steps of plans, several at once; those of equal choices once."""
         kernels.prepare_to_load(self._step.decode)
-        wanted = {plan.digest(): plan for plan in plans.values() if plan.digest() not in self._compiled}
+        wanted = {plan.digest(): plan for plan in plans if plan.digest() not in self._compiled}
 
         def build(plan: Plan) -> Any:
             unit = next(
