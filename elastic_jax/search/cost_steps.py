@@ -95,12 +95,15 @@ def measure_step_costs(
             return clocks[role][layers].seconds(plan, weights[layers].of(plan))
 
         thick, single = seconds(many.num_layers, base[many.num_layers]), seconds(1, base[1])
-        layer = max((thick - single) / (many.num_layers - 1), 0.0)
-        saved: dict[tuple[str, Choice], float] = {}
+        times: dict[tuple[str, Choice], float] = {}
         for each, (key, plan) in enumerate(plans[role].items()):
             progress(done + 2 + each, total, f"{key[0]} {key[1]}, {role} tokens")
-            copies = 1 if key[0] == LM_HEAD else many.num_layers
-            saved[key] = (thick - seconds(many.num_layers, plan)) / copies
+            times[key] = seconds(many.num_layers, plan)
+        # Again, since every other one is compared with it.
+        thick = min(thick, seconds(many.num_layers, base[many.num_layers]))
+        single = min(single, seconds(1, base[1]))
+        layer = max((thick - single) / (many.num_layers - 1), 0.0)
+        saved = {key: (thick - time) / (1 if key[0] == LM_HEAD else many.num_layers) for key, time in times.items()}
         groups[role], rest[role] = _shared(kinds, layer, single - layer, saved)
         done += len(plans[role]) + 2
     progress(total, total, "done")
