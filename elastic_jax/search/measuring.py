@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,6 +33,14 @@ class Measured:
     def worst_kl(self) -> float:
         """Of both roles."""
         return max(self.kl.values())
+
+
+class Meter(Protocol):
+    """Whatever measures plans."""
+
+    def measure(self, choices: Mapping[str, Choice]) -> Measured:
+        """The distances of one plan."""
+        ...
 
 
 class PlanMeter:

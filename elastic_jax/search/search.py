@@ -17,7 +17,7 @@ from elastic_jax.groups import model_groups
 from elastic_jax.plan import Choice
 from elastic_jax.search.forward import ROLES, Role
 from elastic_jax.search.ladder import end_tables, even, fit, mixed
-from elastic_jax.search.measuring import Measured, PlanMeter
+from elastic_jax.search.measuring import Measured, Meter
 from elastic_jax.search.promises import PROMISES, largest_kl
 from elastic_jax.search.rivals import greedy, named_rivals, uniform
 from elastic_jax.search.scores import Scores
@@ -72,8 +72,8 @@ class Search:
         config: ModelConfig,
         scores: Scores,
         costs: Costs,
-        meter: PlanMeter,
-        held_out: PlanMeter,
+        meter: Meter,
+        held_out: Meter,
         say: Callable[[str], None],
     ) -> None:
         self._config, self._costs, self._meter, self._held_out, self._say = config, costs, meter, held_out, say
