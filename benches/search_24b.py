@@ -84,8 +84,7 @@ def compile_units(forward: Forward) -> None:
     """Every kind of group at every choice, several at once, by running them."""
     x = forward.embed()
     with ThreadPoolExecutor(len(CHOICES)) as pool:
-        choices: list[tuple[Choice, ...]] = [(choice,) * len(KINDS) for choice in CHOICES]
-        for out in pool.map(lambda each: forward.layer(x, 0, each, "prompt"), choices):
+        for out in pool.map(lambda choice: forward.layer(x, 0, (choice,) * len(KINDS), "prompt"), CHOICES):
             jax.block_until_ready(out)
 
 

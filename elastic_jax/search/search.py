@@ -35,9 +35,9 @@ _SHRINK = 0.85
 
 _TRIES = 6
 
-_SPARE = 0.02
-"""How much slower than the fastest plan within its limit a mode may be, for the least divergence that this time buys:
-the frontier is steep where its fastest plans are."""
+_SPARE, _LEAST_SAVED = 0.015, 0.1
+"""How much slower than the fastest plan within its limit a mode may be, if this saves at least that part of its
+divergence: the frontier is steep where its fastest plans are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +174,11 @@ class Search:
         return found, why
 
     def _spare(self, plan: Choices, max_bytes: int | None) -> tuple[Choices, str]:
-        """The least divergence for a little more time than a plan takes, if it is less, and that in words."""
+        """The least divergence for a little more time than a plan takes, if it is much less, and that in words."""
         seconds = self._problem.total(self._problem.seconds, plan) + _SPARE * self._seconds(plan)
         better = solve(self._problem, minimize="kl", max_seconds=seconds, max_bytes=max_bytes)
         before, after = self._held_out.measure(plan), self._held_out.measure(better)
-        if after.worst_kl >= before.worst_kl:
+        if after.worst_kl > (1 - _LEAST_SAVED) * before.worst_kl:
             return plan, ""
         slower = self._seconds(better) / self._seconds(plan) - 1
         fewer = 1 - after.worst_kl / before.worst_kl
