@@ -36,7 +36,7 @@ from environment import environment
 from random_model import MISTRAL_SMALL, SMALL
 
 from elastic_jax.groups import LM_HEAD, model_groups
-from elastic_jax.plan import CHOICES, Choice, Plan
+from elastic_jax.plan import CHOICES, Plan
 from elastic_jax.search.cost_steps import measure_step_costs
 from elastic_jax.search.forward import KINDS, ROLES, Forward
 from elastic_jax.search.one_pass import METHOD, measure_fast

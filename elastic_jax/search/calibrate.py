@@ -53,7 +53,7 @@ class Calibrated:
     checkpoint: Checkpoint
     record: dict[str, Any]
 
-    def summary(self) -> dict[str, dict[str, float]]:
+    def summary(self) -> dict[str, dict[str, float | int]]:
         """By kind of group: how many, how many were smoothed, and how their held-out errors changed on average.
 
         `a8` and `a16` are the geometric mean of after / before, of smoothing alone; `rounding` that of compensated /

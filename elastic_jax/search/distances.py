@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
 
-from elastic_jax.model import RMSNorm
+from elastic_jax.norm import RMSNorm
 from elastic_jax.search.products import product
 
 _KEPT_BYTES = 1 << 30

@@ -23,7 +23,8 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import MLP, Dot, RMSNorm, SelfAttention, rotate, rotation
+from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
+from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import Choice, provisional_plans, stored_precision
 from elastic_jax.quantization import QArray
 from elastic_jax.search.distances import Distances, Head, Reference
@@ -259,15 +260,13 @@ def run_half(
         keys, values = (pages[:, :, n].reshape(-1, *kv.shape[2:]) for n in range(2))
         return attend(query, keys, values, shape)
 
-    normed = RMSNorm(weights[HALVES[half][0]], config.rms_norm_eps)(x)
+    norm = RMSNorm(weights[HALVES[half][0]], config.rms_norm_eps)
     if half == "attention":
         slots = batch.block_table.size * _PAGE
         cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
         angles = rotation(batch.position, config.head_dim, config.rope_theta)
-        added, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(normed, angles, cache, batch)
-    else:
-        added = MLP(weights["gate_up"], weights["down"], dot)(normed, generated=batch.generated)
-    return x + added
+        return SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(x, norm, angles, cache, batch)[0]
+    return MLP(weights["gate_up"], weights["down"], dot)(x, norm, generated=batch.generated)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "config", "shape", "dot_name", "capture"))

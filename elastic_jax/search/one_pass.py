@@ -19,8 +19,9 @@ from jaxtyping import Array
 
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD, layer_groups, model_groups
-from elastic_jax.model import RMSNorm
+from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import Choice
+from elastic_jax.quantization import swiglu
 from elastic_jax.search.calibrate import Steps
 from elastic_jax.search.distances import Head
 from elastic_jax.search.forward import HALVES, Forward, run_half
@@ -128,15 +129,22 @@ def _half_scores(
         """With what is added to each group's output: the gradient by it is that by the output."""
         seen: dict[str, tuple[Array, Array]] = {}
 
-        def probed(x: Array, weight: Any, *, generated: int, gated: bool = False) -> Array:
+        def probed(
+            x: Array,
+            weight: Any,
+            *,
+            generated: int,
+            norm: RMSNorm | None = None,
+            gated: bool = False,
+            residual: Array | None = None,
+        ) -> Array:
             kind = kinds[len(seen)]
+            x = x if norm is None else norm(x)
             out = dot(x, weight, generated=generated)
             seen[kind] = (x, out)
             out = out + probes[kind]
-            if not gated:
-                return out
-            gate, up = jnp.split(out, 2, axis=-1)
-            return jax.nn.silu(gate) * up
+            out = swiglu(out) if gated else out
+            return out if residual is None else residual + out
 
         return run_half(x, floats, half, config, shape, probed), seen
 

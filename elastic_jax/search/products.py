@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32
 
 from elastic_jax import kernels
 from elastic_jax.model import Dot
+from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import Activations, QArray, quantize, swiglu
 
 
@@ -70,12 +71,23 @@ def product(integer_dot: str) -> Dot:
     """The product of any weight: `exact` for float matrices, the named integer dot for `QArray` and `Rounded`."""
     named = kernels.dot(integer_dot)
 
-    def dot(x: Array, weight: Any, *, generated: int, gated: bool = False) -> Array:
+    def dot(
+        x: Array,
+        weight: Any,
+        *,
+        generated: int,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Array | None = None,
+    ) -> Array:
+        x = x if norm is None else norm(x)
         if isinstance(weight, Rounded):
             weight = quantize(weight.values, prompt_activations=weight.prompt_activations)
         if isinstance(weight, QArray):
-            return named(x, weight, generated=generated, gated=gated)
-        out = exact(x, weight)
-        return swiglu(out) if gated else out
+            out = named(x, weight, generated=generated, gated=gated)
+        else:
+            out = exact(x, weight)
+            out = swiglu(out) if gated else out
+        return out if residual is None else residual + out
 
     return dot

@@ -6,7 +6,8 @@ import pytest
 
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
-from elastic_jax.model import RMSNorm, SelfAttention, rotation
+from elastic_jax.model import SelfAttention, rotation
+from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import CHOICES
 from elastic_jax.search.forward import HALVES, KINDS, Forward, run_half
 from elastic_jax.search.parallel import Shards, load
@@ -60,10 +61,10 @@ def test_attention_is_that_of_the_paged_cache(forward):
     batch, slots = TokenBatch(*arrays, generated=0, page_size=64), windows * pages * 64
     cache = jax.numpy.zeros((slots, 2, c.num_kv_heads, c.head_dim), jax.numpy.float32)
     module = SelfAttention(c, weights["qkv"], weights["o"], kernels.attention("xla"), product("xla"))
-    normed = RMSNorm(weights["attention_norm"], c.rms_norm_eps)(x)
-    added, _ = module(normed, rotation(batch.position, c.head_dim, c.rope_theta), cache, batch)
+    norm = RMSNorm(weights["attention_norm"], c.rms_norm_eps)
+    out, _ = module(x, norm, rotation(batch.position, c.head_dim, c.rope_theta), cache, batch)
     ours = run_half(x, weights, "attention", c, forward.shape, product("xla"))
-    assert np.asarray(ours) == pytest.approx(np.asarray(x + added), rel=1e-4, abs=1e-5)
+    assert np.asarray(ours) == pytest.approx(np.asarray(out), rel=1e-4, abs=1e-5)
 
 
 def test_inputs_are_what_the_groups_read(forward):
