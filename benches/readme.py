@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_search
 import readme_speed
 from readme_speed import table, where
 
@@ -158,6 +159,7 @@ SECTIONS = {
     "latency": Section(("*/latency.json", "nvidia-*/fidelity.json"), latencies, optional=True),
     "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
     "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
+    "search": Section(("*/search*.json",), readme_search.both, optional=True),
     "fidelity": Section(("cpu-*/fidelity.json", "nvidia-*/fidelity.json"), fidelity),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),

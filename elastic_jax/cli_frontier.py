@@ -1,5 +1,6 @@
 """The commands that measure cost, search plans, and show what was found."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,7 @@ def _costs(opened: Any, file: Path | None, workload: tuple[int, int, int], targe
     from elastic_jax.executables import default_step_config
     from elastic_jax.search.cost_measured import measure_costs
     from elastic_jax.search.cost_predicted import predict_costs
+    from elastic_jax.search.cost_steps import measure_step_costs
     from elastic_jax.search.workload import Costs, Workload
 
     if file is not None and target is not None:
@@ -59,6 +61,9 @@ def _costs(opened: Any, file: Path | None, workload: tuple[int, int, int], targe
     if target is not None:
         return predict_costs(opened.config, wanted, target, step)
     note("measuring the cost of every choice on this device; anything else that runs spoils it", quiet)
+    if step.decode != "xla":
+        workers = default_workers()
+        return measure_step_costs(opened.config, wanted, step, device, workers=workers, progress=Steps(quiet))
     return measure_costs(opened.config, wanted, step, device, progress=Steps(quiet))
 
 
@@ -93,22 +98,31 @@ def search(
     batch: BatchOption = 1,
     target: TargetOption = None,
     max_gib: Annotated[float | None, typer.Option(help="Largest weights of every plan but the original.")] = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Score all groups in one pass forward and backward instead of measuring each."),
+    ] = False,
     merge: Annotated[list[Path] | None, typer.Option(help="Scores of the same search, measured elsewhere.")] = None,
     seed: SeedOption = 1,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find this checkpoint's plans S, M and L and its frontier; an interrupted search continues."""
+    import jax
+
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.device import default_device
-    from elastic_jax.search.forward import Forward
     from elastic_jax.search.measuring import PlanMeter
+    from elastic_jax.search.one_pass import METHOD, measure_fast
     from elastic_jax.search.outcome import write_outcome
-    from elastic_jax.search.scores import SCORES, Scores, identify
+    from elastic_jax.search.parallel import load
+    from elastic_jax.search.scores import FAST_SCORES, SCORES, Scores, identify
     from elastic_jax.search.search import Search
     from elastic_jax.search.sensitivity import measure
     from elastic_jax.search.texts import get_text
+    from elastic_jax.search.workload import COSTS
 
+    begun = time.monotonic(), time.process_time()
     opened, threads = Checkpoint.open(checkpoint), workers or default_workers()
     merged = [Scores.read(file) for file in merge or []]
 
@@ -116,6 +130,8 @@ def search(
         note(message, as_json)
 
     known = _costs(opened, costs, (prompt_tokens, new_tokens, batch), target, as_json)
+    (opened.path / COSTS).parent.mkdir(exist_ok=True)
+    known.save(opened.path / COSTS)
     device = default_device()
     text = get_text(
         opened,
@@ -129,18 +145,23 @@ def search(
         say=say,
     )
     first, second = text.split(windows, held_out)
-    forward = Forward(opened, first.windows, device, threads)
-    identity = identify(opened, first, forward.dot_name)
-    file = opened.path / SCORES
+    forward = load(opened, first.windows, jax.local_devices(), threads)
+    identity = identify(opened, first, forward.dot_name, method=f"{METHOD}, seed {seed}" if fast else None)
+    file = opened.path / (FAST_SCORES if fast else SCORES)
     scores = Scores.resume(file, identity, say)
     for other in merged:
         scores.merge(other)
-    measure(forward, scores, save=lambda: scores.save(file), progress=Steps(as_json))
+    if not fast:
+        measure(forward, scores, save=lambda: scores.save(file), progress=Steps(as_json))
+    elif not len(scores):
+        measure_fast(forward, scores, seed=seed, progress=Steps(as_json))
+        scores.save(file)
     meters = PlanMeter(forward), PlanMeter(forward.over(second.windows))
     result = Search(opened.config, scores, known, *meters, say).run(
         points=points, max_bytes=None if max_gib is None else int(max_gib * 2**30)
     )
-    frontier, plans = write_outcome(opened, result, known, first, second)
+    took = {"wall_s": round(time.monotonic() - begun[0], 1), "cpu_s": round(time.process_time() - begun[1], 1)}
+    frontier, plans = write_outcome(opened, result, known, first, second, scores=scores, took=took)
     print_value(frontier.to_json(), as_json, lambda: _shown(frontier, plans))
 
 
@@ -150,16 +171,23 @@ def frontier(
         str | None,
         typer.Argument(help="0.0 (fastest) to 1.0 (original), max-loss=1%, min-speedup=1.5, max-gib=30, or several."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw loss against speed and memory into this file, as SVG.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the plans that a search found; or which of them a request means, and why."""
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.frontier import REQUESTS, Frontier
+    from elastic_jax.frontier_plot import plot as drawn
 
     opened = Checkpoint.open(checkpoint)
     found = Frontier.read(opened.path)
     if found is None:
         raise PlanError(f"{checkpoint} has no frontier: `elastic-jax search {checkpoint}` finds one")
+    if plot is not None:
+        plot.write_text(drawn(found), "utf-8")
+        note(f"drawn into {plot}", as_json)
     if request is None:
         print_value(found.to_json(), as_json, lambda: _shown(found, {}))
         return
@@ -188,6 +216,10 @@ def _shown(found: Any, plans: Any) -> str:
         )
     facts = found.facts
     lines += ["", f"costs {'measured on' if facts['costs_measured'] else 'predicted for'} {facts['device']}"]
+    took = facts["took"]
+    lines.append(
+        f"scores: {facts['scores']}; this search took {took['wall_s']:.0f} s, {took['cpu_s']:.0f} s of processors"
+    )
     lines += [f"{mode}: plan {told['plan']}, {told['why']}" for mode, told in found.modes.items()]
     lines += ["", "at equal predicted time, on held-out text (sum of both roles' KL, searched / rival):"]
     lines += [f"  {rival['rival']:22s} {rival['ratio']:.3f}" for rival in facts["rivals"]]

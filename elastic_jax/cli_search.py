@@ -14,6 +14,7 @@ from elastic_jax.cli_options import (
     note,
     print_value,
 )
+from elastic_jax.errors import ConfigError
 from elastic_jax.workers import default_workers
 
 CalibrationOption = Annotated[
@@ -57,6 +58,9 @@ def calibrate(
     tasks: TasksOption = None,
     windows: Annotated[int, typer.Option(min=3, help="Windows of text: two thirds for factors, one to choose.")] = 24,
     length: Annotated[int, typer.Option(min=16, help="Tokens a window.")] = 256,
+    rounding: Annotated[
+        str, typer.Option(help="`nearest`, or `gptq`: error-compensated, where that is better on held-out windows.")
+    ] = "nearest",
     seed: SeedOption = 0,
     workers: WorkersOption = None,
     as_json: JsonOption = False,
@@ -66,9 +70,13 @@ def calibrate(
     from elastic_jax.device import default_device
     from elastic_jax.search.calibrate import calibrate as run
     from elastic_jax.search.calibrate import check_destination
+    from elastic_jax.search.rounding import ROUNDINGS
     from elastic_jax.search.strength import STRENGTHS
     from elastic_jax.search.texts import get_text
 
+    way = next((name for name in ROUNDINGS if name == rounding), None)
+    if way is None:
+        raise ConfigError(f"--rounding should be one of {', '.join(ROUNDINGS)}, found {rounding!r}")
     check_destination(destination)  # before the work
     opened, device, threads = Checkpoint.open(source), default_device(), workers or default_workers()
     if calibration is None:
@@ -84,7 +92,16 @@ def calibrate(
         workers=threads,
         say=lambda message: note(message, as_json),
     )
-    made = run(opened, destination, text, strengths=STRENGTHS, device=device, workers=threads, progress=Steps(as_json))
+    made = run(
+        opened,
+        destination,
+        text,
+        strengths=STRENGTHS,
+        rounding=way,
+        device=device,
+        workers=threads,
+        progress=Steps(as_json),
+    )
     values = {"path": str(destination), "summary": made.summary(), "groups": made.record}
     print_value(values, as_json, lambda: _calibrated(values))
 
@@ -97,5 +114,6 @@ def _calibrated(values: dict[str, Any]) -> str:
     ]
     for kind, found in values["summary"].items():
         smoothed = f"{found['smoothed']} of {found['groups']}"
-        lines.append(f"{kind:8s} {smoothed:11s} {found['a8']:6.2f}  {found['a16']:6.2f}")
+        compensated = f"; compensated rounding / to nearest: {found['rounding']:.2f}" if "rounding" in found else ""
+        lines.append(f"{kind:8s} {smoothed:11s} {found['a8']:6.2f}  {found['a16']:6.2f}{compensated}")
     return "\n".join(lines)

@@ -32,6 +32,7 @@ from elastic_jax.checkpoint_io import new_folder, sync, write_arrays, write_json
 from elastic_jax.errors import CheckpointError
 from elastic_jax.plan import provisional_plans
 from elastic_jax.search.forward import KINDS, Forward
+from elastic_jax.search.rounding import Rounding, round_with_compensation
 from elastic_jax.search.smoothing import fold
 from elastic_jax.search.strength import choose_strength
 from elastic_jax.search.texts import Text
@@ -52,10 +53,11 @@ class Calibrated:
     checkpoint: Checkpoint
     record: dict[str, Any]
 
-    def summary(self) -> dict[str, dict[str, float]]:
+    def summary(self) -> dict[str, dict[str, float | int]]:
         """By kind of group: how many, how many were smoothed, and how their held-out errors changed on average.
 
-        `a8` and `a16` are the geometric mean of after / before.
+        `a8` and `a16` are the geometric mean of after / before, of smoothing alone; `rounding` that of compensated /
+        nearest, where it was asked for.
         """
         found = {}
         for kind in KINDS:
@@ -64,6 +66,10 @@ class Calibrated:
                 width: float(np.exp(np.mean([_log_ratio(g["after"][width], g["before"][width]) for g in groups])))
                 for width in ("a8", "a16")
             }
+            if all("rounding_errors" in g for g in groups):
+                errors = [g["rounding_errors"] for g in groups]
+                chosen = [_log_ratio(min(each.values()), each["nearest"]) for each in errors]
+                ratios["rounding"] = float(np.exp(np.mean(chosen)))
             found[kind] = {"groups": len(groups), "smoothed": sum(g["strength"] > 0 for g in groups), **ratios}
         return found
 
@@ -90,6 +96,7 @@ def calibrate(
     text: Text,
     *,
     strengths: Sequence[float],
+    rounding: Rounding = "nearest",
     device: Device,
     workers: int,
     progress: Steps,
@@ -103,6 +110,7 @@ def calibrate(
         destination: a folder that does not exist, or is empty.
         text: at least two windows.
         strengths: that are tried.
+        rounding: to nearest, or error-compensated where that is better on the other windows.
         device: where the model runs.
         workers: threads that read weights.
         progress: is told about layers.
@@ -112,7 +120,7 @@ def calibrate(
     """
     check_destination(destination)
     config = source.config
-    forward = Forward(source, text.windows, device, workers)
+    forward = Forward.load(source, text.windows, device, workers)
     count, length = text.windows.shape
     split = max(1, count * 2 // 3) * length
     record: dict[str, Any] = {}
@@ -128,7 +136,13 @@ def calibrate(
                 name, held_out = f"layers.{layer}.{kind}", inputs[kind][split:]
                 largest = np.asarray(jnp.max(jnp.abs(inputs[kind][:split]), axis=0))
                 found, wanted[kind] = choose_strength(
-                    config, kind, forward.weight(name, "bf16"), largest, held_out, strengths, forward.dot_name
+                    config,
+                    kind,
+                    forward.weight(name, "bf16").astype(jnp.float32),
+                    largest,
+                    held_out,
+                    strengths,
+                    forward.dot_name,
                 )
                 record[name] = found.to_json()
             groups = {
@@ -142,14 +156,28 @@ def calibrate(
             for kind, weight in groups.items():
                 name = f"layers.{layer}.{kind}"
                 record[name] |= {"channels_scaled": int(np.count_nonzero(used[kind])), "channels": used[kind].size}
-                values, scales = quantize_int8(weight)
+                if rounding == "nearest":
+                    values, scales = quantize_int8(weight)
+                else:
+                    smoothed = inputs[kind] / jnp.exp2(jnp.asarray(used[kind], jnp.float32))[None, :]
+                    exact = jnp.asarray(weight.astype(np.float32), device=device)
+                    found = round_with_compensation(exact, smoothed[:split], smoothed[split:])
+                    values, scales = np.asarray(found.values), np.asarray(found.scales)
+                    record[name] |= found.to_json()
                 for precision, leaves in (("bf16", {"values": weight}), ("int8", {"values": values, "scales": scales})):
                     files = write_arrays(partial / WEIGHTS / name / precision, leaves)
                     changed[name, precision] = expected_folder(config, name, precision, blocks=1, files=files)
         files = write_arrays(partial / WEIGHTS / NORMS / "bf16", norms)
         changed[NORMS, "bf16"] = expected_folder(config, NORMS, "bf16", blocks=1, files=files)
         _finish(
-            source, partial, changed, {"text": text.description | {"token_ids_sha256": text.digest}, "groups": record}
+            source,
+            partial,
+            changed,
+            {
+                "rounding": rounding,
+                "text": text.description | {"token_ids_sha256": text.digest},
+                "groups": record,
+            },
         )
     progress(config.num_layers, config.num_layers, "done")
     return Calibrated(Checkpoint.open(destination), record)

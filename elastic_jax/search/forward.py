@@ -1,8 +1,9 @@
 """The model one layer at a time, over windows of text: what calibration and search measure with.
 
-Layers are all of one shape, so one compiled unit serves every half of a layer (attention, MLP) that has the same
-choices, and a measurement runs only the layers from the one that it changes on. The residual stream, attention and
-`bf16` products are float32 here: bfloat16's own rounding, which every mode has, would hide what a single group adds.
+Layers are all of one shape, so one compiled unit serves a kind of group at one choice in all layers and plans, and a
+measurement runs only the layers from the one that it changes on. The residual stream and attention are
+float32 and `bf16` products have activations of 16 bits or more (`products.exact`): bfloat16's own rounding, which every
+mode has, would hide what a single group adds.
 """
 
 import copy
@@ -22,10 +23,12 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import MLP, SelfAttention, rotation
+from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
 from elastic_jax.norm import RMSNorm
-from elastic_jax.plan import Choice, Plan, provisional_plans, stored_precision
+from elastic_jax.plan import Choice, provisional_plans, stored_precision
 from elastic_jax.quantization import QArray
+from elastic_jax.search.distances import Distances, Head, Reference
+from elastic_jax.search.products import Rounded, product
 from elastic_jax.weights import PROMPT_ACTIVATIONS, Weights, load_weights
 
 Role = Literal["prompt", "generated"]
@@ -36,57 +39,63 @@ ROLES: tuple[Role, ...] = ("prompt", "generated")
 KINDS = ("qkv", "o", "gate_up", "down")
 """The groups of a layer, in the order they are computed."""
 
-_HALVES = {"attention": ("attention_norm", KINDS[:2]), "mlp": ("mlp_norm", KINDS[2:])}
+HALVES = {"attention": ("attention_norm", KINDS[:2]), "mlp": ("mlp_norm", KINDS[2:])}
 """The halves of a layer -> the norm and the groups of each."""
 
 _PAGE = 64
-_HEAD_TOKENS = 128
-"""Tokens whose logits exist at the same time: those of a whole text would be larger than the model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Distances:
-    """How far distributions of the next token are from the reference's; each float32 [candidates, windows, length].
-
-    Attributes:
-        kl: KL(reference || candidate) in nats.
-        flips: 1 where the most likely token differs, else 0.
-        loss: the candidate's negative log-likelihood of the text's next token, in nats; 0 at each window's end.
-    """
-
-    kl: np.ndarray
-    flips: np.ndarray
-    loss: np.ndarray
+_HEAD_TOKENS = {"cpu": 128, "gpu": 1024}
+"""Tokens whose logits exist at the same time: few fit a processor's cache, many are needed to fill a GPU."""
 
 
 class Forward:
-    """A model with all its stored precisions on a device, and windows of text to run through it.
+    """A model with all its precisions on a device, and windows of text to run through it.
 
     Args:
-        checkpoint: must hold every group in bf16 and in int8.
+        config: the model's.
+        floats: its weights for mode XL, of one float type.
+        integers: its groups as `QArray`s by name; None rounds the floats wherever int8 is used, as `convert` would.
         windows: int32 [windows, length], token ids; each window is a text of its own.
-        device: where everything runs.
-        workers: threads that read weights.
-
-    Raises:
-        CheckpointError: a precision is not stored, or is damaged.
+        device: where everything is, and runs.
     """
 
     def __init__(
         self,
+        config: ModelConfig,
+        floats: Weights,
+        integers: Mapping[str, QArray] | None,
+        windows: Int32[np.ndarray, "windows length"],
+        device: Device,
+    ) -> None:
+        self.config = config
+        self.windows = windows
+        self._float, self._integer, self._device = floats, integers, device
+        self.dot_name = kernels.default_names(config, device.platform, "float32")[1]
+
+    @classmethod
+    def load(
+        cls,
         checkpoint: Checkpoint,
         windows: Int32[np.ndarray, "windows length"],
         device: Device,
         workers: int,
-    ) -> None:
-        self.config = checkpoint.config
-        self.windows = windows
-        plans = provisional_plans(self.config)
-        self._float = load_weights(checkpoint, plans["XL"], "float32", device, workers=workers, progress=None)
-        integer = load_weights(checkpoint, plans["L"], "float32", device, workers=workers, progress=None)
-        self._integer: Weights = {name: weight for name, weight in integer.items() if isinstance(weight, QArray)}
-        self._device = device
-        self._names = kernels.default_names(self.config, device.platform, "float32")
+    ) -> "Forward":
+        """All of a checkpoint's weights: floats as float32 on a CPU, which multiplies them faster, else as bfloat16.
+
+        Args:
+            checkpoint: must hold every group in bf16 and in int8.
+            windows: int32 [windows, length].
+            device: where everything runs.
+            workers: threads that read weights.
+
+        Raises:
+            CheckpointError: a precision is not stored, or is damaged.
+        """
+        plans = provisional_plans(checkpoint.config)
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+        floats = load_weights(checkpoint, plans["XL"], dtype, device, workers=workers, progress=None)
+        integers = load_weights(checkpoint, plans["L"], dtype, device, workers=workers, progress=None)
+        kept = {name: weight for name, weight in integers.items() if isinstance(weight, QArray)}
+        return cls(checkpoint.config, floats, kept, windows, device)
 
     def over(self, windows: Int32[np.ndarray, "windows length"]) -> "Forward":
         """The same model and device over other text; weights are shared."""
@@ -94,20 +103,29 @@ class Forward:
         other.windows = windows
         return other
 
-    @property
-    def dot_name(self) -> str:
-        """The implementation of integer dots that is used."""
-        return self._names[1]
-
     def weight(self, group: str, choice: Choice) -> Any:
-        """A group's weight as a choice reads it: a float32 matrix or a `QArray`."""
+        """A group's weight as a choice reads it: a float matrix, a `QArray`, or a `Rounded`."""
+        matrix = self._float.get(group, self._float["embedding"])  # a tied head
         if stored_precision(choice) == "bf16":
-            return self._float.get(group, self._float["embedding"])  # a tied head
+            return matrix
+        if self._integer is None:
+            return Rounded(matrix, PROMPT_ACTIVATIONS[choice])
         return dataclasses.replace(self._integer[group], prompt_activations=PROMPT_ACTIVATIONS[choice])
 
     def norm(self, name: str) -> Array:
         """A norm's weight by its name in `Weights`."""
         return self._float[name]
+
+    def half_weights(self, half: str, layer: int) -> dict[str, Any]:
+        """The norm and the float matrices of half a layer, by name and kind."""
+        norm, kinds = HALVES[half]
+        weights = {kind: self.weight(f"layers.{layer}.{kind}", "bf16") for kind in kinds}
+        return weights | {norm: self.norm(f"layers.{layer}.{norm}")}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Windows, and tokens of each."""
+        return self.windows.shape
 
     def embed(self) -> Float32[Array, "tokens hidden"]:
         """The residual stream before the first layer."""
@@ -129,13 +147,17 @@ class Forward:
     def _run(
         self, x: Array, layer: int, choices: Sequence[Choice], role: Role, *, capture: bool
     ) -> tuple[Array, tuple[Array, ...]]:
-        """The two halves of a layer, compiled apart: a plan has far fewer kinds of halves than of layers."""
         captured: tuple[Array, ...] = ()
-        for half, (norm, kinds) in _HALVES.items():
-            weights = {kind: self.weight(f"layers.{layer}.{kind}", choices[KINDS.index(kind)]) for kind in kinds}
-            weights[norm] = self.norm(f"layers.{layer}.{norm}")
-            x, found = _half(x, weights, half, self.config, self.windows.shape, role, self._names, capture=capture)
-            captured += found
+        settings = (self.config, self.shape, self.dot_name)
+        norms = {kinds[0]: self.norm(f"layers.{layer}.{norm}") for norm, kinds in HALVES.values()}
+        given: Array | None = None
+        for kind, choice in zip(KINDS, choices, strict=True):
+            # To a generated token all int8 choices are one, and it is what prompt tokens have in `w8a16`.
+            same: Choice = "w8a16" if role == "generated" and choice != "bf16" else choice
+            weight = self.weight(f"layers.{layer}.{kind}", same)
+            out, read = _piece(x, given, norms.get(kind), weight, kind, *settings, capture=capture)
+            x, given = (out, None) if given is not None else (x, out)
+            captured += read
         return x, captured
 
     def run(
@@ -152,38 +174,31 @@ class Forward:
         """The residual stream after one layer of a plan."""
         return self.layer(x, layer, layer_choices(plan, layer), role)
 
-    def distances(
-        self,
-        reference: Float32[Array, "tokens hidden"],
-        candidates: Sequence[Float32[Array, "tokens hidden"]],
-        head: Choice,
-    ) -> Distances:
-        """Distances of the next-token distributions that candidates' last residual streams give.
+    def reference(self, stream: Float32[Array, "tokens hidden"]) -> Reference:
+        """The original model's distributions, from its residual stream after the last layer."""
+        return Reference(stream, self.windows, self.head)
+
+    @property
+    def head(self) -> Head:
+        """What makes logits of the original model."""
+        tokens = _HEAD_TOKENS.get(self._device.platform, _HEAD_TOKENS["gpu"])
+        return Head(
+            self.norm("final_norm"), self.weight(LM_HEAD, "bf16"), self.config.rms_norm_eps, self.dot_name, tokens
+        )
+
+    def compare(self, reference: Reference, candidates: Sequence[Array], head: Choice) -> Any:
+        """Begins to compare candidates' last residual streams with the reference; `gather` waits for the result.
 
         Args:
-            reference: of the original model. Its logits are computed again each time, and never all at once.
-            candidates: residual streams after the last layer.
-            head: the candidates' choice for the language-model head; the reference's is `bf16`.
+            reference: of the original model.
+            candidates: float32 [tokens, hidden] each.
+            head: the candidates' choice for the language-model head.
         """
-        found = _distances(
-            reference,
-            tuple(candidates),
-            self.norm("final_norm"),
-            self.weight(LM_HEAD, "bf16"),
-            self.weight(LM_HEAD, head),
-            jax.device_put(self.windows, self._device),
-            self.config.rms_norm_eps,
-            self._names[1],
-        )
-        shape = (len(candidates), *self.windows.shape)
-        return Distances(*(np.asarray(part).reshape(shape) for part in found))
+        return reference.compare(candidates, self.weight(LM_HEAD, head))
 
-    def measure(self, plans: Sequence[Plan], reference: Array, role: Role) -> list[Distances]:
-        """The distances of whole plans."""
-        start = self.embed()
-        return [
-            self.distances(reference, [self.run(start, 0, plan.choices, role)], plan.choices[LM_HEAD]) for plan in plans
-        ]
+    def gather(self, reference: Reference, found: Any) -> Distances:
+        """What `compare` began."""
+        return reference.gather(found)
 
 
 def layer_choices(plan: Mapping[str, Choice], layer: int) -> tuple[Choice, ...]:
@@ -193,7 +208,7 @@ def layer_choices(plan: Mapping[str, Choice], layer: int) -> tuple[Choice, ...]:
 
 @jax.jit
 def _embed(embedding: Array, tokens: Array) -> Array:
-    return embedding.at[tokens].get(mode="clip")
+    return embedding.at[tokens].get(mode="clip").astype(jnp.float32)
 
 
 def _batch(shape: tuple[int, int], generated: int) -> TokenBatch:
@@ -212,90 +227,86 @@ def _batch(shape: tuple[int, int], generated: int) -> TokenBatch:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("half", "config", "shape", "role", "names", "capture"))
-def _half(
+def attend(
+    query: Float32[Array, "tokens heads dim"],
+    keys: Float32[Array, "tokens kv_heads dim"],
+    values: Float32[Array, "tokens kv_heads dim"],
+    shape: tuple[int, int],
+) -> Float32[Array, "tokens heads dim"]:
+    """Causal attention within windows that are all of one length, from dense products, which can be differentiated."""
+    (windows, length), (tokens, heads, dim) = shape, query.shape
+    keys, values = (each.reshape(windows, length, -1, dim) for each in (keys, values))
+    grouped = query.reshape(windows, length, keys.shape[2], -1, dim)
+    highest = jax.lax.Precision.HIGHEST
+    scores = jnp.einsum("wlhgd,wmhd->whglm", grouped, keys, precision=highest) / np.float32(np.sqrt(dim))
+    visible = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(visible[None, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("whglm,wmhd->wlhgd", weights, values, precision=highest).reshape(tokens, heads, dim)
+
+
+def run_half(
     x: Array,
-    weights: dict[str, Any],
+    weights: Mapping[str, Any],
     half: str,
     config: ModelConfig,
     shape: tuple[int, int],
-    role: Role,
-    names: tuple[str, str, str],
-    *,
-    capture: bool,
-) -> tuple[Array, tuple[Array, ...]]:
-    """The residual stream after attention or MLP (`model.Block` adds one after the other), and their groups' inputs."""
-    batch = _batch(shape, shape[0] * shape[1] if role == "generated" else 0)
-    named_dot, captured = kernels.dot(names[1]), []
+    dot: Dot,
+) -> Array:
+    """The residual stream of prompt tokens after attention or MLP, by the model's own modules."""
+    batch = _batch(shape, 0)
 
     def attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
-        # As of a prompt, whatever role the products have: every position is computed at once.
-        return kernels.attention(names[0])(query, kv, dataclasses.replace(batch, generated=0))
+        pages = kv.reshape(batch.rows, -1, *kv.shape[1:])[:, : shape[1]]
+        keys, values = (pages[:, :, n].reshape(-1, *kv.shape[2:]) for n in range(2))
+        return attend(query, keys, values, shape)
 
-    def dot(
-        x: Array,
-        weight: Any,
-        *,
-        generated: int,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
-        residual: Array | None = None,
-    ) -> Array:
-        x = x if norm is None else norm(x)
-        captured.append(x.astype(jnp.float32))
-        return named_dot(x, weight, generated=generated, gated=gated, residual=residual)
-
-    norm = RMSNorm(weights[_HALVES[half][0]], config.rms_norm_eps)
+    norm = RMSNorm(weights[HALVES[half][0]], config.rms_norm_eps)
     if half == "attention":
         slots = batch.block_table.size * _PAGE
         cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
         angles = rotation(batch.position, config.head_dim, config.rope_theta)
-        x, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(x, norm, angles, cache, batch)
+        return SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(x, norm, angles, cache, batch)[0]
+    return MLP(weights["gate_up"], weights["down"], dot)(x, norm, generated=batch.generated)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "config", "shape", "dot_name", "capture"))
+def _piece(
+    x: Array,
+    given: Array | None,
+    norm: Array | None,
+    weight: Any,
+    kind: str,
+    config: ModelConfig,
+    shape: tuple[int, int],
+    dot_name: str,
+    *,
+    capture: bool,
+) -> tuple[Array, tuple[Array, ...]]:
+    """One group of a layer with what belongs to it: together they are `run_half`, compiled apart.
+
+    Args:
+        x: the residual stream.
+        given: what the group before made of it; None where a half begins.
+        norm: weight of the norm where a half begins.
+        weight: the group's.
+        kind: the group's.
+        config: the model.
+        shape: windows, and tokens of each.
+        dot_name: the integer dot.
+        capture: whether the group's input is wanted.
+
+    Returns:
+        what `given` is to the next group, or the residual stream after a half; and the input.
+    """
+    batch, c = _batch(shape, 0), config
+    if norm is not None:
+        read = RMSNorm(norm, c.rms_norm_eps)(x)
+    elif kind == "o" and given is not None:
+        q, k, v = jnp.split(given, (c.q_size, c.q_size + c.kv_size), axis=-1)
+        angles = rotation(batch.position, c.head_dim, c.rope_theta)
+        q, k = (rotate(each.reshape(x.shape[0], -1, c.head_dim), *angles) for each in (q, k))
+        read = attend(q, k, v.reshape(k.shape), shape).reshape(-1, c.q_size)
     else:
-        x = MLP(weights["gate_up"], weights["down"], dot)(x, norm, generated=batch.generated)
-    return x, tuple(captured) if capture else ()
-
-
-@functools.partial(jax.jit, static_argnames=("eps", "name"))
-def _distances(
-    reference: Array,
-    candidates: tuple[Array, ...],
-    norm: Array,
-    reference_head: Array,
-    head: Any,
-    windows: Array,
-    eps: float,
-    name: str,
-) -> tuple[Array, Array, Array]:
-    """KL, flips and losses, float32 [candidates, tokens] each."""
-    dot, normalize = kernels.dot(name), RMSNorm(norm, eps)
-    tokens = reference.shape[0]
-    target = jnp.concatenate([windows[:, 1:], jnp.full((windows.shape[0], 1), -1, jnp.int32)], axis=1).reshape(-1)
-
-    def log_probabilities(x: Array, weight: Any) -> Array:
-        return jax.nn.log_softmax(dot(normalize(x), weight, generated=x.shape[0]), axis=-1)
-
-    def each_chunk(parts: tuple[Array, tuple[Array, ...], Array]) -> tuple[Array, Array, Array]:
-        original, others, wanted = parts
-        p = log_probabilities(original, reference_head)
-        best = jnp.argmax(p, axis=-1)
-        found = []
-        for x in others:
-            q = log_probabilities(x, head)
-            kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-            flips = (jnp.argmax(q, axis=-1) != best).astype(jnp.float32)
-            likely = jnp.take_along_axis(q, jnp.maximum(wanted, 0)[:, None], axis=1)[:, 0]
-            found.append((kl, flips, jnp.where(wanted < 0, 0.0, -likely)))
-        kls, flipped, losses = (jnp.stack(each) for each in zip(*found, strict=True))
-        return kls, flipped, losses
-
-    size = min(_HEAD_TOKENS, tokens)
-    padded = -tokens % size
-
-    def chunks(x: Array) -> Array:
-        return jnp.pad(x, ((0, padded),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-
-    parts = (chunks(reference), tuple(chunks(x) for x in candidates), chunks(target))
-    found = jax.lax.map(each_chunk, parts)  # chunks candidates size
-    kls, flipped, losses = (jnp.swapaxes(x, 0, 1).reshape(len(candidates), -1)[:, :tokens] for x in found)
-    return kls, flipped, losses
+        read = given
+    out = product(dot_name)(read, weight, generated=0, gated=kind == "gate_up").astype(jnp.float32)
+    return out if given is None else x + out, (read,) if capture and read is not None else ()

@@ -16,13 +16,16 @@ from elastic_jax.search.scores import End, Scores
 from elastic_jax.search.sensitivity import contributions
 from elastic_jax.search.solver import Problem
 
-ENDS: tuple[End, ...] = ("alone", "last")
-
 type Tables = Mapping[Role, Mapping[End, np.ndarray]]
 """role -> end -> [groups, choices], nats."""
 
-EVEN: Mapping[Role, tuple[float, float]] = {role: (0.5, 0.5) for role in ROLES}
-"""The mixture before anything was measured."""
+type Mixture = Mapping[Role, Sequence[float]]
+"""role -> share of each end, in the tables' order."""
+
+
+def even(tables: Tables) -> dict[Role, tuple[float, ...]]:
+    """The mixture before anything was measured."""
+    return {role: (1 / len(tables[role]),) * len(tables[role]) for role in ROLES}
 
 
 def end_tables(config: ModelConfig, scores: Scores) -> Tables:
@@ -35,16 +38,16 @@ def end_tables(config: ModelConfig, scores: Scores) -> Tables:
     tables: dict[Role, dict[End, np.ndarray]] = {}
     for role in ROLES:
         tables[role] = {}
-        for end in ENDS:
+        for end in scores.ends:
             added = contributions(scores, groups, end, role, CHOICES)
             tables[role][end] = np.array([[added[g][c] for c in CHOICES] for g in groups])
     return tables
 
 
-def mixed(tables: Tables, mixture: Mapping[Role, Sequence[float]]) -> dict[Role, np.ndarray]:
+def mixed(tables: Tables, mixture: Mixture) -> dict[Role, np.ndarray]:
     """One table a role."""
     return {
-        role: sum((w * tables[role][e] for w, e in zip(mixture[role], ENDS, strict=True)), np.zeros(()))
+        role: sum((w * table for w, table in zip(mixture[role], tables[role].values(), strict=True)), np.zeros(()))
         for role in ROLES
     }
 
@@ -54,27 +57,27 @@ def fit(
     tables: Tables,
     plans: Sequence[Mapping[str, Choice]],
     measured: Sequence[Mapping[Role, float]],
-) -> dict[Role, tuple[float, float]]:
+) -> dict[Role, tuple[float, ...]]:
     """The mixture whose sums come nearest to measured divergences, by relative error; no share is negative.
 
     Args:
         problem: knows the groups.
-        tables: both ends'.
+        tables: of each end.
         plans: of the ladder.
         measured: their KL by role.
     """
     from scipy.optimize import nnls
 
-    mixture: dict[Role, tuple[float, float]] = {}
+    mixture: dict[Role, tuple[float, ...]] = {}
     for role in ROLES:
         rows = [
-            [problem.total(tables[role][end], plan) / found[role] for end in ENDS]
+            [problem.total(table, plan) / found[role] for table in tables[role].values()]
             for plan, found in zip(plans, measured, strict=True)
             if found[role] > 0
         ]
         if not rows:
-            mixture[role] = EVEN[role]
+            mixture[role] = even(tables)[role]
             continue
         shares, _ = nnls(np.array(rows), np.ones(len(rows)))
-        mixture[role] = (float(shares[0]), float(shares[1])) if shares.any() else EVEN[role]
+        mixture[role] = tuple(float(share) for share in shares) if shares.any() else even(tables)[role]
     return mixture

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from elastic_jax.groups import LM_HEAD, model_groups
 from elastic_jax.plan import Choice
-from elastic_jax.search.forward import ROLES, Forward, Role
+from elastic_jax.search.forward import ROLES, Role
+from elastic_jax.search.parallel import Forwards
 from elastic_jax.search.rivals import uniform
 
 
@@ -34,14 +35,22 @@ class Measured:
         return max(self.kl.values())
 
 
-class PlanMeter:
-    """Measures plans over the text of a `Forward`."""
+class Meter(Protocol):
+    """Whatever measures plans."""
 
-    def __init__(self, forward: Forward) -> None:
+    def measure(self, choices: Mapping[str, Choice]) -> Measured:
+        """The distances of one plan."""
+        ...
+
+
+class PlanMeter:
+    """Measures plans over the text of a forward."""
+
+    def __init__(self, forward: Forwards) -> None:
         self._forward = forward
         groups = list(model_groups(forward.config))
         self._start = forward.embed()
-        self._reference: Any = forward.run(self._start, 0, uniform(groups, "bf16"), "prompt")
+        self._reference: Any = forward.reference(forward.run(self._start, 0, uniform(groups, "bf16"), "prompt"))
         self._found: dict[str, dict[str, Any]] = {}
 
     def measure(self, choices: Mapping[str, Choice]) -> Measured:
@@ -61,7 +70,8 @@ class PlanMeter:
 
     def _measure(self, choices: Mapping[str, Choice], role: Role) -> dict[str, float]:
         x = self._forward.run(self._start, 0, choices, role)
-        found = self._forward.distances(self._reference, [x], choices[LM_HEAD])
+        begun = self._forward.compare(self._reference, [x], choices[LM_HEAD])
+        found = self._forward.gather(self._reference, begun)
         windows = found.kl[0].astype(np.float64).mean(axis=1)
         spread = float(windows.std(ddof=1) / np.sqrt(len(windows))) if len(windows) > 1 else 0.0
         targets = found.loss.shape[1] * (found.loss.shape[2] - 1)

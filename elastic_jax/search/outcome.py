@@ -12,6 +12,7 @@ from elastic_jax.checkpoint_io import write_json
 from elastic_jax.frontier import FRONTIER, Frontier, Point
 from elastic_jax.plan import MODES, Plan
 from elastic_jax.search.promises import PROMISES, largest_kl
+from elastic_jax.search.scores import Scores
 from elastic_jax.search.search import Result
 from elastic_jax.search.texts import Text
 from elastic_jax.search.workload import Costs
@@ -20,11 +21,27 @@ TOOLS = ("elastic-jax", "jax", "scipy", "numpy")
 
 
 def write_outcome(
-    checkpoint: Checkpoint, result: Result, costs: Costs, text: Text, held_out: Text
+    checkpoint: Checkpoint,
+    result: Result,
+    costs: Costs,
+    text: Text,
+    held_out: Text,
+    *,
+    scores: Scores,
+    took: Mapping[str, float],
 ) -> tuple[Frontier, dict[str, Plan]]:
     """Replaces the checkpoint's plans and its frontier. A mode without a plan of its own is no mode any longer.
 
     Executables of a mode whose plan changed no longer fit, and are refused until they are compiled again.
+
+    Args:
+        checkpoint: is changed.
+        result: of the search.
+        costs: that it used.
+        text: of the scores.
+        held_out: of the plans' distances.
+        scores: that it used.
+        took: `wall_s` and `cpu_s` of the whole search.
     """
     facts: dict[str, Any] = {
         "device": costs.device,
@@ -37,6 +54,8 @@ def write_outcome(
             "token_ids_sha256": held_out.digest,
         },
         "rivals": list(result.rivals),
+        "scores": scores.identity.get("method", "measured from both ends"),
+        "took": dict(took),
         "mixture": {role: list(shares) for role, shares in result.mixture.items()},
         "versions": {tool: importlib.metadata.version(tool) for tool in TOOLS},
     }

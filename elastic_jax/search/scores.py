@@ -18,6 +18,9 @@ from elastic_jax.search.texts import Text
 SCORES = "search/scores.json"
 """Where a search keeps them, below the checkpoint."""
 
+FAST_SCORES = "search/scores-fast.json"
+"""Where those of one pass are kept."""
+
 FORMAT = 1
 """Of the file; raised by every change that makes old scores mean something else."""
 
@@ -31,11 +34,11 @@ class Score:
 
     Attributes:
         kl: KL(original || model), nats.
-        flips: fraction of positions whose most likely token differs.
+        flips: fraction of positions whose most likely token differs; None where only KL was estimated.
     """
 
     kl: float
-    flips: float
+    flips: float | None
 
 
 class Scores:
@@ -63,6 +66,11 @@ class Scores:
         if key not in self._scores:
             raise ConfigError(f"the score {key} was not measured: run the search again, it measures what is missing")
         return self._scores[key]
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        """From which ends groups were scored: from both if they were measured, from one if one pass scored them."""
+        return ("alone",) if "method" in self.identity else ("alone", "last")
 
     def has(self, end: End, role: Role, group: str, choices: Iterable[Choice]) -> bool:
         """Whether a group was measured with every one of these choices."""
@@ -121,7 +129,10 @@ class Scores:
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r}, expected {FORMAT}")
             scores = cls(values["identity"])
-            scores._scores = {key: Score(float(s["kl"]), float(s["flips"])) for key, s in values["scores"].items()}
+            scores._scores = {
+                key: Score(float(s["kl"]), None if s["flips"] is None else float(s["flips"]))
+                for key, s in values["scores"].items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} is no file of scores: {error!r}; delete it, and the search begins anew"
@@ -129,8 +140,9 @@ class Scores:
         return scores
 
 
-def identify(checkpoint: Checkpoint, text: Text, kernel: str) -> dict[str, Any]:
-    """What scores are of: the weights, the text, and the integer dot that was used."""
+def identify(checkpoint: Checkpoint, text: Text, kernel: str, *, method: str | None = None) -> dict[str, Any]:
+    """What scores are of: the weights, the text, the integer dot that was used, and how, unless they were measured."""
     files = {name: record.sha256 for name, record in sorted(checkpoint.files().items()) if name.startswith("weights/")}
     weights = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return {"weights": weights, "text": text.digest, "windows": list(text.windows.shape), "integer dot": kernel}
+    found = {"weights": weights, "text": text.digest, "windows": list(text.windows.shape), "integer dot": kernel}
+    return found if method is None else found | {"method": method}

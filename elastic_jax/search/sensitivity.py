@@ -5,18 +5,19 @@ groups do not simply add up: the first end sees them on clean inputs, the second
 spoilt, and plans lie between. Prompt and generated tokens are measured apart, each in its own arithmetic; a generated
 token's is the same for every int8 choice.
 
-Only layers from the changed one on run again: the residual stream before every layer is kept, for the original model
-and for both bases. The model's last residual streams are compared by computing logits of both.
+Only layers from the changed one on run again: groups are measured in the model's order, beside a residual stream of
+what they are changed in. The model's last residual streams are compared by computing logits of both.
 """
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from elastic_jax.groups import LM_HEAD, model_groups
 from elastic_jax.plan import Choice
 from elastic_jax.search.calibrate import Steps
-from elastic_jax.search.forward import Distances, Forward, Role
+from elastic_jax.search.distances import Distances
+from elastic_jax.search.forward import Role
+from elastic_jax.search.parallel import Forwards
 from elastic_jax.search.scores import End, Score, Scores
 
 FASTEST: Mapping[Role, Choice] = {"prompt": "w8a8", "generated": "w8a16"}
@@ -35,6 +36,8 @@ _HEAD_OTHERS: Mapping[tuple[End, Role], tuple[Choice, ...]] = {
     ("last", "generated"): ("bf16",),
 }
 
+_TODO: tuple[tuple[End, Role], ...] = (("alone", "prompt"), ("last", "prompt"), ("last", "generated"))
+
 BASE = "*"
 
 
@@ -45,48 +48,69 @@ def base_plan(groups: Iterable[str], end: End, role: Role) -> dict[str, Choice]:
     return {name: head if name == LM_HEAD else rest for name in groups}
 
 
-def measure(forward: Forward, scores: Scores, *, save: Callable[[], None], progress: Steps) -> None:
+def measure(
+    forward: Forwards,
+    scores: Scores,
+    *,
+    only: Collection[str] | None = None,
+    save: Callable[[], None],
+    progress: Steps,
+) -> None:
     """Measures every score that is missing.
 
     Args:
         forward: the model, over the text.
         scores: is added to.
+        only: the groups that are wanted; None for all.
         save: is called after each group.
         progress: is told how much work is done, in layers run.
     """
-    config = forward.config
-    groups = list(model_groups(config))
-    todo: list[tuple[End, Role]] = [("alone", "prompt"), ("last", "prompt"), ("last", "generated")]
-    costs = {(end, role, g): _cost(config.num_layers, g, _choices(end, role, g)) for end, role in todo for g in groups}
+    layers = forward.config.num_layers
+    groups = list(model_groups(forward.config))
+    wanted = [g for g in groups if only is None or g in only]
+    costs = {(end, role, g): _cost(layers, g, _choices(end, role, g)) for end, role in _TODO for g in wanted}
     done, total = 0, sum(costs.values())
-    original: list[Any] | None = None
-    for end, role in todo:
-        missing = [g for g in groups if not scores.has(end, role, g, _choices(end, role, g))]
-        done += sum(costs[end, role, g] for g in groups if g not in missing)
-        if not missing:
-            continue
-        if original is None:
-            original = _inputs(forward, base_plan(groups, "alone", role), "prompt")
+    reference: Any = None
+    for end, role in _TODO:
         base = base_plan(groups, end, role)
-        inputs = original if end == "alone" else _inputs(forward, base, role)
-        distances = functools.partial(forward.distances, original[-1])
-        if end == "last":
-            scores.add(end, role, BASE, FASTEST[role], mean_score(distances([inputs[-1]], base[LM_HEAD]), 0))
-        for group in missing:
-            progress(done, total, f"{group}, {role} tokens, {'alone' if end == 'alone' else 'last of all'}")
-            choices = _choices(end, role, group)
-            if group == LM_HEAD:
-                found = distances([inputs[-1]], choices[0])
-            else:
-                layer = int(group.split(".")[1])
-                plans: list[dict[str, Choice]] = [{**base, group: choice} for choice in choices]
-                outs = [forward.run(inputs[layer], layer, plan, role) for plan in plans]
-                found = distances(outs, base[LM_HEAD])
-            for number, choice in enumerate(choices):
-                scores.add(end, role, group, choice, mean_score(found, number))
-            done += costs[end, role, group]
+        missing = {g for g in wanted if not scores.has(end, role, g, _choices(end, role, g))}
+        done += sum(costs[end, role, g] for g in wanted if g not in missing)
+        no_base = end == "last" and not scores.has(end, role, BASE, [FASTEST[role]])
+        if not missing and not no_base:
+            continue
+        if reference is None:
+            reference = forward.reference(forward.run(forward.embed(), 0, base_plan(groups, "alone", role), "prompt"))
+        last = layers if no_base or LM_HEAD in missing else max(_layer(g) for g in missing)
+        # The base's residual stream goes along with the groups that are measured: one is kept, not one a layer.
+        x = forward.embed()
+        for layer in range(layers + 1):
+            for group in (g for g in wanted if g in missing and _layer(g, layers) == layer):
+                progress(done, total, f"{group}, {role} tokens, {'alone' if end == 'alone' else 'last of all'}")
+                choices = _choices(end, role, group)
+                if group == LM_HEAD:
+                    found = forward.compare(reference, [x], choices[0])
+                else:
+                    plans: list[dict[str, Choice]] = [{**base, group: choice} for choice in choices]
+                    outs = [forward.run(x, layer, plan, role) for plan in plans]
+                    found = forward.compare(reference, outs, base[LM_HEAD])
+                distances = forward.gather(reference, found)
+                for number, choice in enumerate(choices):
+                    scores.add(end, role, group, choice, mean_score(distances, number))
+                done += costs[end, role, group]
+                save()
+            if layer == last:
+                break
+            x = forward.run_layer(x, layer, base, role)
+        if no_base:
+            distances = forward.gather(reference, forward.compare(reference, [x], base[LM_HEAD]))
+            scores.add(end, role, BASE, FASTEST[role], mean_score(distances, 0))
             save()
     progress(total, total, "every group is measured")
+
+
+def _layer(group: str, layers: int = 0) -> int:
+    """A group's layer; the head's is the number of layers."""
+    return layers if group == LM_HEAD else int(group.split(".")[1])
 
 
 def mean_score(found: Distances, candidate: int) -> Score:
@@ -100,16 +124,7 @@ def _choices(end: End, role: Role, group: str) -> tuple[Choice, ...]:
 
 def _cost(layers: int, group: str, choices: tuple[Choice, ...]) -> int:
     """Work in layers; a head is about as much as ten of a small model's."""
-    first = layers if group == LM_HEAD else int(group.split(".")[1])
-    return len(choices) * (layers - first + 10)
-
-
-def _inputs(forward: Forward, plan: Mapping[str, Choice], role: Role) -> list[Any]:
-    """The residual stream before every layer, and after the last."""
-    streams = [forward.embed()]
-    for layer in range(forward.config.num_layers):
-        streams.append(forward.run_layer(streams[-1], layer, plan, role))
-    return streams
+    return len(choices) * (layers - _layer(group, layers) + 10)
 
 
 def contributions(

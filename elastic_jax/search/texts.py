@@ -105,7 +105,8 @@ def _read(file: Path) -> list[str]:
         content = file.read_text("utf-8")
         if file.suffix != ".jsonl":
             return [content]
-        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        # Not `splitlines`: it also cuts at U+2028 and others, which JSON may hold inside a string.
+        texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"calibration text must be UTF-8, or JSON lines with a field `text` in a .jsonl file; {file}: {error!r}"

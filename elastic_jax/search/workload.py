@@ -16,6 +16,9 @@ from elastic_jax.step import Bucket
 
 FORMAT = 1
 
+COSTS = "search/costs.json"
+"""Where a search keeps those that it used, below the checkpoint."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Workload:

@@ -20,12 +20,13 @@ def text(config, windows=6, length=24, seed=0):
     return Text(ids, {"source": "random token ids"})
 
 
-def run(checkpoint, destination):
+def run(checkpoint, destination, rounding="nearest"):
     return calibrate(
         checkpoint,
         destination,
         text(checkpoint.config),
         strengths=STRENGTHS,
+        rounding=rounding,
         device=DEVICE,
         workers=2,
         progress=lambda *_: None,
@@ -39,7 +40,7 @@ def pair(request, checkpoint_of, tmp_path_factory):
 
 
 def logits(checkpoint):
-    forward = Forward(checkpoint, text(checkpoint.config, seed=7).windows, DEVICE, 2)
+    forward = Forward.load(checkpoint, text(checkpoint.config, seed=7).windows, DEVICE, 2)
     x = forward.run(forward.embed(), 0, provisional_plans(checkpoint.config)["XL"].choices, "prompt")
     norm = RMSNorm(forward.norm("final_norm"), checkpoint.config.rms_norm_eps)
     return np.asarray(kernels.dot("xla")(norm(x), forward.weight("lm_head", "bf16"), generated=0))
@@ -74,6 +75,24 @@ def test_the_new_checkpoint_is_whole_and_its_int8_stands_for_its_bf16(pair):
     full = np.asarray(folders[name, "bf16"]["values"], np.float32)
     values, scales = (np.asarray(folders[name, "int8"][leaf], np.float32) for leaf in ("values", "scales"))
     assert (np.abs(values * scales - full) <= scales / 2 * 1.0001).all()
+
+
+def test_compensated_rounding_changes_int8_alone(pair, tmp_path):
+    original, made = pair
+    other = run(original, tmp_path / "gptq.elastic", "gptq")
+    assert (logits(made.checkpoint) == logits(other.checkpoint)).all()
+    assert other.checkpoint.manifest.source["calibration"]["rounding"] == "gptq"
+    for found in other.record.values():
+        errors = found["rounding_errors"]
+        assert errors[found["rounding"]] <= errors["nearest"]
+    assert any(found["rounding"] == "gptq" for found in other.record.values())
+    name = "layers.1.down"
+    folders = [c.checkpoint.restore([(name, "int8")], DEVICE, 2)[name, "int8"] for c in (made, other)]
+    values, scales = ([np.asarray(folder[leaf]) for folder in folders] for leaf in ("values", "scales"))
+    assert scales[0] == pytest.approx(scales[1], rel=1e-6)
+    assert (values[0] != values[1]).any()
+    assert np.abs(values[0].astype(int) - values[1]).max() <= 3
+    assert all("rounding" in kind for kind in other.summary().values())
 
 
 def test_a_taken_destination_is_refused(checkpoint_of, tmp_path):

@@ -59,7 +59,7 @@ def texts(tiny):
 
 @pytest.fixture(scope="module")
 def forward(tiny, texts):
-    return Forward(tiny, texts[0].windows, DEVICE, 2)
+    return Forward.load(tiny, texts[0].windows, DEVICE, 2)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_the_ladder_finds_the_mixture_that_made_the_numbers(tiny, scores):
 
 def test_a_search_ends_in_plans_that_keep_their_limits(tiny, texts, forward, scores):
     result, known = searched(tiny, texts, forward, scores)
-    frontier, plans = write_outcome(tiny, result, known, *texts)
+    frontier, plans = write_outcome(tiny, result, known, *texts, scores=scores, took={"wall_s": 1.0, "cpu_s": 1.0})
     assert frontier.points[0].name == "XL"
     assert set(frontier.points[0].choices.values()) == {"bf16"}
     times = [point.seconds for point in frontier.points]
@@ -207,7 +207,7 @@ def test_where_int8_is_no_faster_no_mode_is_offered_but_the_original(tiny, texts
     assert any(message.startswith("S: no plan faster than XL") for message in said)
     copy = tmp_path / "copy.elastic"
     shutil.copytree(tiny.path, copy)
-    write_outcome(Checkpoint.open(copy), result, known, *texts)
+    write_outcome(Checkpoint.open(copy), result, known, *texts, scores=scores, took={"wall_s": 1.0, "cpu_s": 1.0})
     assert set(Checkpoint.open(copy).plans()) == {"XL"}
 
 

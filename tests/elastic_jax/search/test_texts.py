@@ -74,6 +74,13 @@ def test_what_is_no_text_is_refused(tiny, tmp_path, name, content, message):
         get(tiny, file=tmp_path / name)
 
 
+def test_separators_inside_json_strings_end_no_line(tiny, tmp_path):
+    file = tmp_path / "separators.jsonl"
+    words = " ".join(f"word{n}" for n in range(60))
+    file.write_text(json.dumps({"text": f"{words}\u2028{words}"}, ensure_ascii=False), "utf-8")
+    assert get(tiny, count=2, file=file).windows.shape == (2, 20)
+
+
 def test_parts_share_no_window(tiny, tmp_path):
     file = tmp_path / "own.txt"
     file.write_text(" ".join(str(i) for i in range(1000)))
