@@ -1,6 +1,6 @@
 """Answers of the original model: transformers on the source weights, asked the same by lm-eval as the modes are.
 
-It runs in an environment of its own, with torch, transformers and the lm-eval that uv.lock names (Python 3.11 or later):
+It runs in an environment of its own (Python 3.11 or later) with torch, transformers, accelerate and uv.lock's lm-eval:
 
     python benches/original.py MODEL_FOLDER --data DIR --tasks piqa,mmlu --limit piqa=1838,mmlu=300 \
         --out CHECKPOINT/evaluation
@@ -48,9 +48,7 @@ def main():
     import torch
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(
-        pretrained=arguments.model, dtype=arguments.dtype, batch_size=arguments.batch, device=arguments.device
-    )
+    model = HFLM(pretrained=arguments.model, dtype=arguments.dtype, batch_size=arguments.batch, device=arguments.device)
     whose = {"mode": "Original", "weights": digest(arguments.model), "dtype": arguments.dtype}
     facts = {
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "lm_eval")},
@@ -67,7 +65,7 @@ def main():
 
     if arguments.text_windows:
         windows = answering.text_windows(model, text, arguments.text_windows, answering.TEXT_LENGTH)
-        identity = answering.text_identity(answering.TEXT, windows)
+        identity = answering.text_identity(answering.TEXT, windows, text)
         answering.answer_text(windows, model, writer(answering.TEXT, identity), progress)
     for task in loaded:
         asked = task.requests(limits[task.name])

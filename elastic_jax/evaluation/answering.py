@@ -103,12 +103,18 @@ def text_windows(model: Any, text: str, count: int, length: int) -> list[list[in
     return windows
 
 
-def text_identity(name: str, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def text_digest(text: str) -> str:
+    """sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_identity(name: str, windows: Sequence[Sequence[int]], text: str) -> dict[str, Any]:
     """What log-probabilities of windows must agree on."""
     return {
         "task": name,
         "items": len(windows),
         "length": len(windows[0]),
+        "source_sha256": text_digest(text),
         "token_ids_sha256": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
     }
 

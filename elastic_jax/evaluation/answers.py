@@ -86,8 +86,10 @@ class Writer:
         EvaluationError: the file is something else.
     """
 
-    def __init__(self, file: Path, asked: Mapping[str, Any], model: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        self.file = file
+    def __init__(
+        self, file: Path, asked: Mapping[str, Any], model: Mapping[str, Any], facts: Mapping[str, Any]
+    ) -> None:
+        self.file, self.asked = file, dict(asked)
         found = read(file)
         same = found is not None and found.asked == dict(asked) and found.model == dict(model)
         self.replaced = found is not None and not same

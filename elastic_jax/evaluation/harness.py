@@ -53,9 +53,8 @@ class ElasticLM(TemplateLM):
         **load: Any,
     ) -> None:
         super().__init__()
-        self.model = checkpoint if isinstance(checkpoint, ElasticMistral) else None
-        if self.model is None:
-            self.model = ElasticMistral.load(str(checkpoint), mode, **load)
+        loaded = isinstance(checkpoint, ElasticMistral)
+        self.model = checkpoint if loaded else ElasticMistral.load(checkpoint, mode, **load)
         self.tokenizer = self.model.tokenizer  # what the base class keeps there is used by methods replaced here
 
     @property

@@ -61,7 +61,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 _RIGHT: dict[str, tuple[str, Callable[[Mapping[str, Any]], bool]]] = {
-    "arc_challenge": ("answerKey must be one of the labels", lambda item: item["answerKey"] in item["choices"]["label"]),
+    "arc_challenge": (
+        "answerKey must be one of the labels",
+        lambda item: item["answerKey"] in item["choices"]["label"],
+    ),
     "gsm8k": ("answer must end with `#### NUMBER`", lambda item: "####" in item["answer"]),
     "mmlu": ("there must be four choices, and answer 0 to 3", lambda i: len(i["choices"]) == 4 and i["answer"] < 4),
     "piqa": ("label must be 0 or 1", lambda item: item["label"] in (0, 1)),
@@ -149,8 +152,8 @@ def text(folder: Path | None) -> str:
         return "".join(datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"])
     except Exception as error:  # `datasets` raises whatever its transports raise
         raise EvaluationError(
-            f"WikiText-2 cannot be read from the Hub: {type(error).__name__}: {error}. Without a network, name a folder "
-            "of local items with --data, or measure no perplexity with --text-windows 0"
+            f"WikiText-2 cannot be read from the Hub: {type(error).__name__}: {error}. Without a network, name a "
+            "folder of local items with --data, or measure no perplexity with --text-windows 0"
         ) from error
 
 
