@@ -9,7 +9,9 @@ MODEL_FOLDER is a Hugging Face folder or a Hub id. Answers go to OUT/Original/<t
 `elastic_jax/evaluation/answers.py`; what is there already is not asked again. `elastic-jax eval` compares the modes
 with them, and refuses them if they are answers to other questions.
 
-Method: lm-eval's own model class (`HFLM`), without a chat template, in bfloat16 as the weights are stored; greedy.
+Method: lm-eval's own model class (`HFLM`), without a chat template, greedy. Weights are what is stored, arithmetic is
+float32: bfloat16's rounding of logits and of log-probabilities, which lm-eval adds up in the model's type by default,
+would be as large as what is measured.
 """
 
 import argparse
@@ -35,7 +37,7 @@ def main():
     parser.add_argument("--data", type=Path, help="local items; the Hub's data sets without")
     parser.add_argument("--out", type=Path, required=True, help="the folder of the evaluation")
     parser.add_argument("--text-windows", type=int, default=answering.TEXT_WINDOWS)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=16)
     arguments = parser.parse_args()
@@ -43,7 +45,7 @@ def main():
     names = arguments.tasks.split(",")
     limits = tasks.parse_limit(arguments.limit, names)
     loaded = tasks.load(names, arguments.data)
-    text = items.text(arguments.data)
+    text = items.text(arguments.data) if arguments.text_windows else ""
 
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -60,16 +62,18 @@ def main():
     def progress(done, total, name):
         print(f"{time.monotonic() - started:6.0f} s  {name} {done} of {total}", file=sys.stderr, flush=True)
 
-    def writer(name, asked):
-        return answers.Writer(answers.path_of(arguments.out, "Original", name), asked, whose, facts)
+    def writer(name, asked, identity):
+        return answers.Writer(answers.path_of(arguments.out, "Original", name), asked, identity, whose, facts)
 
     if arguments.text_windows:
-        windows = answering.text_windows(model, text, arguments.text_windows, answering.TEXT_LENGTH)
-        identity = answering.text_identity(answering.TEXT, windows, text)
-        answering.answer_text(windows, model, writer(answering.TEXT, identity), progress)
+        windows = answering.text_windows(model.tok_encode(text), arguments.text_windows, answering.TEXT_LENGTH)
+        identity = answering.text_identity(answering.TEXT, text, answering.TEXT_LENGTH)
+        to = writer(answering.TEXT, answering.window_digests(windows), identity)
+        answering.answer_text(windows, model, to, progress)
     for task in loaded:
         asked = task.requests(limits[task.name])
-        answering.answer_task(task, asked, model, writer(task.name, task.identity(asked)), progress)
+        to = writer(task.name, tasks.digests(asked), task.identity())
+        answering.answer_task(task, asked, model, to, progress)
 
 
 def digest(model):

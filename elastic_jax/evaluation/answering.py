@@ -4,13 +4,12 @@ Nothing here knows which model it is: the modes, the control and transformers (`
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from elastic_jax.errors import EvaluationError
-from elastic_jax.evaluation.answers import Writer
-from elastic_jax.evaluation.tasks import TaskSet
+from elastic_jax.evaluation.answers import Writer, digest_of
+from elastic_jax.evaluation.tasks import TaskSet, by_item
 
 CHUNK = 128
 """Items asked for at a time: enough to keep a model busy, few enough that little is lost by an interruption."""
@@ -38,23 +37,21 @@ def answer_task(
         progress: is told after every chunk.
         chunk: items asked for at a time.
     """
-    by_item: dict[str, list[Any]] = {}
-    for instance in asked:
-        if (instance.repeats or 1) > 1:
-            raise EvaluationError(f"task {tasks.name!r} asks the same {instance.repeats} times, which is not done here")
-        by_item.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
-    done = writer.done
-    missing = [name for name in by_item if name not in done]
-    progress(len(done), len(by_item), tasks.name)
+    if repeated := [instance for instance in asked if (instance.repeats or 1) > 1]:
+        raise EvaluationError(f"task {tasks.name!r} asks {repeated[0].repeats} times, which is not done here")
+    instances_of = by_item(list(asked))
+    missing = writer.missing
+    total = len(instances_of)
+    progress(writer.done, total, tasks.name)
     for start in range(0, len(missing), chunk):
         names = missing[start : start + chunk]
-        instances = [instance for name in names for instance in by_item[name]]
+        instances = [instance for name in names for instance in instances_of[name]]
         for kind in sorted({instance.request_type for instance in instances}):
             same = [instance for instance in instances if instance.request_type == kind]
             for instance, response in zip(same, getattr(model, kind)(same), strict=True):
                 instance.resps = [response]
-        writer.append(_judge(tasks, name, by_item[name]) for name in names)
-        progress(len(writer.items), len(by_item), tasks.name)
+        writer.append(_judge(tasks, name, instances_of[name]) for name in names)
+        progress(writer.done, total, tasks.name)
 
 
 def _judge(tasks: TaskSet, name: str, instances: list[Any]) -> dict[str, Any]:
@@ -89,47 +86,40 @@ def _judge(tasks: TaskSet, name: str, instances: list[Any]) -> dict[str, Any]:
     return item | {"metrics": metrics}
 
 
-def text_windows(model: Any, text: str, count: int, length: int) -> list[list[int]]:
+def text_windows(tokens: Sequence[int], count: int, length: int) -> list[list[int]]:
     """The first windows of a text, cut from its encoding as a whole; each is read by itself.
 
     Raises:
         EvaluationError: the text is too short for one.
     """
-    tokens = list(model.tok_encode(text))
-    windows = [tokens[start : start + length] for start in range(0, len(tokens), length)][:count]
-    windows = [window for window in windows if len(window) == length]
+    windows = [list(tokens[start : start + length]) for start in range(0, len(tokens) - length + 1, length)][:count]
     if not windows:
         raise EvaluationError(f"the text whose perplexity is measured has {len(tokens)} tokens, expected {length}")
     return windows
 
 
-def text_digest(text: str) -> str:
-    """sha256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def text_identity(name: str, text: str, length: int) -> dict[str, Any]:
+    """What log-probabilities of windows must agree on, beside their tokens."""
+    return {"task": name, "length": length, "source_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def text_identity(name: str, windows: Sequence[Sequence[int]], text: str) -> dict[str, Any]:
-    """What log-probabilities of windows must agree on."""
-    return {
-        "task": name,
-        "items": len(windows),
-        "length": len(windows[0]),
-        "source_sha256": text_digest(text),
-        "token_ids_sha256": hashlib.sha256(json.dumps([list(window) for window in windows]).encode()).hexdigest(),
-    }
+def window_digests(windows: Sequence[Sequence[int]]) -> dict[str, str]:
+    """Window -> digest of its token ids."""
+    return {f"window/{number}": digest_of(list(window)) for number, window in enumerate(windows)}
 
 
 def answer_text(
     windows: Sequence[Sequence[int]], model: Any, writer: Writer, progress: Progress, chunk: int = 8
 ) -> None:
     """The log-probability of every token of the windows but each one's first."""
-    done, total = len(writer.items), len(windows)
-    progress(done, total, "text")
-    for start in range(done, total, chunk):
-        some = windows[start : start + chunk]
+    missing = writer.missing
+    progress(writer.done, len(windows), TEXT)
+    for start in range(0, len(missing), chunk):
+        names = missing[start : start + chunk]
+        some = [windows[int(name.split("/")[1])] for name in names]
         found = model._loglikelihood_tokens([(("", ""), list(w[:1]), list(w[1:])) for w in some])
         writer.append(
-            {"id": f"window/{start + number}", "log_probability": round(float(value[0]), 6), "tokens": len(window) - 1}
-            for number, (window, value) in enumerate(zip(some, found, strict=True))
+            {"id": name, "log_probability": round(float(value[0]), 6), "tokens": len(window) - 1}
+            for name, window, value in zip(names, some, found, strict=True)
         )
-        progress(len(writer.items), total, "text")
+        progress(writer.done, len(windows), TEXT)

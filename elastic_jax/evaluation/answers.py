@@ -1,17 +1,18 @@
-"""Files of answers: what one mode (or the original model) said to every item of one task.
+"""Files of answers: what one mode (or the original model) said to the items of one task.
 
-`FOLDER/<mode>/<task>.jsonl`: the first line says what was asked and of which model, each further line is one item:
+`FOLDER/<mode>/<task>.jsonl`: the first line says of which task and which model, each further line is one item:
 
-* `id`: the item, `<lm-eval's task>/<number>`;
+* `id`: the item, `<lm-eval's task>/<number>`; `asked`: a digest of the prompts it makes;
 * `right`: 1 or 0, by the task's metric; `metrics`: all that lm-eval computed;
 * `answer` and `target`: the choice taken and the right one, or the texts that were compared;
 * `log_probabilities`: of each choice, nats; or `text`: what was generated.
 
-Windows of a text have `log_probability` and `tokens` instead. Lines are appended as answers come, and a later run goes
-on where one ended. Answers to other questions, or of another model, are not mixed with them: they are replaced.
+Windows of a text have `log_probability` and `tokens` instead. Lines are appended as answers come: a later run goes on
+where one ended, or asks for more items than it. Answers to other prompts, or of another model, are not used.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -28,21 +29,28 @@ class Answers:
     """What one mode said to one task.
 
     Attributes:
-        asked: what answers must agree on to be comparable: items, prompts, metric (`tasks.TaskSet.identity`).
-        model: whose they are: the mode, its plan and weights, the arithmetic.
-        facts: how they were made: versions, device.
-        items: as above, in the order of the requests.
+        task: what answers must agree on to be comparable: items, examples, metric (`tasks.TaskSet.identity`).
+        model: whose they are: the mode, its plan and weights, the device.
+        facts: how they were made: versions.
+        items: as above.
     """
 
-    asked: dict[str, Any]
+    task: dict[str, Any]
     model: dict[str, Any]
     facts: dict[str, Any]
     items: list[dict[str, Any]]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every item was answered."""
-        return len(self.items) == self.asked["items"]
+    def only(self, asked: Mapping[str, str]) -> "Answers | None":
+        """The answers to some items (id -> digest), in their order; None if one of them is not answered."""
+        by_id = {item["id"]: item for item in self.items}
+        if any(name not in by_id or by_id[name]["asked"] != digest for name, digest in asked.items()):
+            return None
+        return dataclasses.replace(self, items=[by_id[name] for name in asked])
+
+
+def digest_of(values: Any) -> str:
+    """A short digest of what was asked, JSON-ready."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def path_of(folder: Path, mode: str, task: str) -> Path:
@@ -64,9 +72,9 @@ def read(file: Path) -> Answers | None:
         if head["format"] != FORMAT:
             raise ValueError(f"format {head['format']!r}, expected {FORMAT}")
         items = [json.loads(line) for line in lines[1:]]
-        if any("id" not in item for item in items):
+        if any("id" not in item or "asked" not in item for item in items):
             raise ValueError("an item has no id")
-        return Answers(head["asked"], head["model"], head["facts"], items)
+        return Answers(head["task"], head["model"], head["facts"], items)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -78,41 +86,59 @@ class Writer:
 
     Args:
         file: where they go.
-        asked: see `Answers`.
+        asked: what is asked for: id -> digest.
+        task: see `Answers`.
         model: see `Answers`.
         facts: see `Answers`; those of the run that began stay.
+
+    Attributes:
+        replaced: whether there were answers to something else, which are gone.
 
     Raises:
         EvaluationError: the file is something else.
     """
 
     def __init__(
-        self, file: Path, asked: Mapping[str, Any], model: Mapping[str, Any], facts: Mapping[str, Any]
+        self,
+        file: Path,
+        asked: Mapping[str, str],
+        task: Mapping[str, Any],
+        model: Mapping[str, Any],
+        facts: Mapping[str, Any],
     ) -> None:
-        self.file, self.asked = file, dict(asked)
+        self._file, self._asked = file, dict(asked)
         found = read(file)
-        same = found is not None and found.asked == dict(asked) and found.model == dict(model)
-        self.replaced = found is not None and not same
-        """Whether there were answers to something else."""
-        self.items: list[dict[str, Any]] = found.items if found is not None and same else []
-        if not same:
+        same = found is not None and found.task == dict(task) and found.model == dict(model)
+        old = found.items if found is not None and same else []
+        kept = [item for item in old if self._asked.get(item["id"], item["asked"]) == item["asked"]]
+        self.replaced = found is not None and len(kept) < len(found.items)
+        self._done = {item["id"] for item in kept} & self._asked.keys()
+        if found is None or not same or self.replaced:
             file.parent.mkdir(parents=True, exist_ok=True)
-            head = {"format": FORMAT, "asked": dict(asked), "model": dict(model), "facts": dict(facts)}
-            file.write_text(json.dumps(head) + "\n", "utf-8")
+            head = {"format": FORMAT, "task": dict(task), "model": dict(model), "facts": dict(facts)}
+            file.write_text("".join(_line(values) for values in (head, *kept)), "utf-8")
         else:
-            whole = file.read_bytes()
-            os.truncate(file, whole.rfind(b"\n") + 1)  # an interruption may have left the beginning of a line
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # an interruption may have left a line's beginning
 
     @property
-    def done(self) -> set[str]:
-        """The items that are answered."""
-        return {item["id"] for item in self.items}
+    def done(self) -> int:
+        """How many of the items are answered."""
+        return len(self._done)
+
+    @property
+    def missing(self) -> list[str]:
+        """The items that are not answered."""
+        return [name for name in self._asked if name not in self._done]
 
     def append(self, items: Iterable[dict[str, Any]]) -> None:
-        """Adds answers; they are on disk when this returns."""
-        added = list(items)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in added)
+        """Adds answers to items that were asked for; they are on disk when this returns."""
+        added = [{"id": item["id"], "asked": self._asked[item["id"]]} | item for item in items]
+        with self._file.open("a", encoding="utf-8") as file:
+            file.writelines(_line(item) for item in added)
             file.flush()
             os.fsync(file.fileno())
-        self.items += added
+        self._done |= {item["id"] for item in added}
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"

@@ -29,6 +29,7 @@ from elastic_jax.evaluation.quality import ORIGINAL, Quality, assess
 from elastic_jax.plan import Plan
 from elastic_jax.search.forward import ROLES
 from elastic_jax.search.texts import get_text
+from elastic_jax.tokenizer import Tokenizer
 from elastic_jax.weights import load_weights
 
 DIVERGENCE = "divergence.json"
@@ -114,7 +115,13 @@ class Evaluation:
         limits = tasks.parse_limit(settings.limit, names)
         self._tasks = tasks.load(names, settings.data)
         self._text = items.text(settings.data) if settings.text_windows else ""
+        self._windows: list[list[int]] = []
+        if settings.text_windows:
+            tokenizer = Tokenizer.load(checkpoint.tokenizer_path)
+            ids = tokenizer.encode(self._text, add_special_tokens=True)
+            self._windows = answering.text_windows(ids, settings.text_windows, answering.TEXT_LENGTH)
         self._asked = {task.name: task.requests(limits[task.name]) for task in self._tasks}
+        self._digests = {name: tasks.digests(asked) for name, asked in self._asked.items()}
         self._scales: dict[str, float] | None = None
 
     def run(self) -> Quality:
@@ -131,7 +138,7 @@ class Evaluation:
         if (self._settings.out / ORIGINAL).is_dir():
             names.append(ORIGINAL)
         found = {mode: {task.name: self._read(mode, task.name) for task in self._tasks} for mode in names}
-        text = {mode: self._read(mode, answering.TEXT) for mode in names if self._settings.text_windows}
+        text = {mode: self._read(mode, answering.TEXT) for mode in names if self._windows}
         quality = assess(found, text, divergences)
         return self._finish(quality, found)
 
@@ -150,28 +157,20 @@ class Evaluation:
         calibration = self._settings.calibration
         return whose | {"calibration": calibration.name if calibration else list(_CONTROL_TEXT)}
 
+    def _writer(self, mode: str, task: tasks.TaskSet) -> Writer:
+        file = answers.path_of(self._settings.out, mode, task.name)
+        return Writer(file, self._digests[task.name], task.identity(), self._whose(mode), {"versions": versions()})
+
     def _ask(self, mode: str) -> None:
-        facts = {"versions": versions()}
-        whose, folder = self._whose(mode), self._settings.out
-        writers = {}
-        for task in self._tasks:
-            asked = task.identity(self._asked[task.name])
-            writers[task.name] = Writer(answers.path_of(folder, mode, task.name), asked, whose, facts)
+        writers = {task.name: self._writer(mode, task) for task in self._tasks}
+        if self._windows:
+            file = answers.path_of(self._settings.out, mode, answering.TEXT)
+            identity = answering.text_identity(answering.TEXT, self._text, answering.TEXT_LENGTH)
+            digests, facts = answering.window_digests(self._windows), {"versions": versions()}
+            writers[answering.TEXT] = Writer(file, digests, identity, self._whose(mode), facts)
         if replaced := [name for name, writer in writers.items() if writer.replaced]:
-            self._say(
-                f"{mode}: stored answers to {', '.join(replaced)} are to other questions or of another plan: anew"
-            )
-        missing = [task for task in self._tasks if len(writers[task.name].items) < writers[task.name].asked["items"]]
-        text_file = answers.path_of(folder, mode, answering.TEXT)
-        known = answers.read(text_file) if self._settings.text_windows else None
-        text_done = not self._settings.text_windows or (
-            known is not None
-            and known.complete
-            and known.model == whose
-            and known.asked["items"] == self._settings.text_windows
-            and known.asked["source_sha256"] == self._text_digest
-        )
-        if not missing and text_done:
+            self._say(f"{mode}: stored answers to {', '.join(replaced)} are to other prompts or of another plan: anew")
+        if not any(writer.missing for writer in writers.values()):
             self._say(f"{mode}: everything is answered")
             return
         from elastic_jax.evaluation.harness import ElasticLM  # registers itself with lm-eval, which is large
@@ -182,29 +181,22 @@ class Evaluation:
         def progress(done: int, total: int, name: str) -> None:
             self._progress(done, total, f"{mode}, {name}")
 
-        if not text_done:
-            windows = self._windows(model)
-            identity = answering.text_identity(answering.TEXT, windows, self._text)
-            answering.answer_text(windows, model, Writer(text_file, identity, whose, facts), progress)
-        for task in missing:
+        if self._windows:
+            answering.answer_text(self._windows, model, writers[answering.TEXT], progress)
+        for task in self._tasks:
             answering.answer_task(task, self._asked[task.name], model, writers[task.name], progress)
         del model
         gc.collect()  # the device's memory is for the next mode
 
-    def _windows(self, model: Any) -> list[list[int]]:
-        return answering.text_windows(model, self._text, self._settings.text_windows, answering.TEXT_LENGTH)
-
-    @property
-    def _text_digest(self) -> str:
-        return answering.text_digest(self._text)
-
     def _read(self, mode: str, name: str) -> Answers:
         found = answers.read(answers.path_of(self._settings.out, mode, name))
-        if found is None or not found.complete:
-            state = "are not complete" if found else "are missing"
+        digests = answering.window_digests(self._windows) if name == answering.TEXT else self._digests[name]
+        asked = found.only(digests) if found is not None else None
+        if asked is None:
+            state = "are missing" if found is None else "lack items, or are to other prompts"
             how = "`benches/original.py` makes them" if mode == ORIGINAL else "run the same command again"
             raise EvaluationError(f"the answers of {mode} to {name} {state}: {how}")
-        return found
+        return asked
 
     # -- the control ---------------------------------------------------------------------------------------------------
 
@@ -239,20 +231,14 @@ class Evaluation:
 
     def _divergence(self, mode: str) -> dict[str, Any]:
         """The stored distances of a mode, measured if they are missing or of something else."""
-        from elastic_jax.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.load(self._checkpoint.tokenizer_path)
-        ids = tokenizer.encode(self._text, add_special_tokens=True)
-        length = answering.TEXT_LENGTH
-        windows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-        windows = windows[: self._settings.kl_windows]
-        identity = {**self._whose(mode), **answering.text_identity(answering.TEXT, windows, self._text)}
+        windows = self._windows[: self._settings.kl_windows]
+        identity = {**self._whose(mode), "token_ids": answering.window_digests(windows)}
         file = self._settings.out / mode / DIVERGENCE
         if file.is_file():
             stored = json.loads(file.read_text("utf-8"))
             if stored.get("identity") == identity:
                 return stored["found"]
-        self._say(f"{mode}: KL on {len(windows)} windows of {length} tokens")
+        self._say(f"{mode}: KL on {len(windows)} windows of {answering.TEXT_LENGTH} tokens")
         found = self._measure(mode, windows)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"identity": identity, "found": found})
@@ -307,8 +293,8 @@ class Evaluation:
             },
             "baseline": quality.baseline,
             "original": found[ORIGINAL][self._tasks[0].name].facts if ORIGINAL in found else None,
-            "tasks": {name: answered.asked for name, answered in found[next(iter(found))].items()},
-            "text": {"windows": self._settings.text_windows, "length": answering.TEXT_LENGTH},
+            "tasks": {task.name: task.identity() for task in self._tasks},
+            "text": {"windows": len(self._windows), "length": answering.TEXT_LENGTH},
             "kl_windows": self._settings.kl_windows,
             "counted": quality.counted,
             "left_out": quality.left_out,

@@ -63,7 +63,7 @@ def assess(
             "the modes can be compared with nothing: evaluate XL too, or transformers by `benches/original.py`"
         )
     _check_same(answers)
-    _check_same({mode: {found.asked["task"]: found} for mode, found in text.items()})
+    _check_same({mode: {found.task["task"]: found} for mode, found in text.items()})
     original = answers[baseline]
     rights = {
         mode: {task: _rights(found, original[task]) for task, found in tasks.items()} for mode, tasks in answers.items()
@@ -106,14 +106,16 @@ def _check_same(answers: Mapping[str, Mapping[str, Answers]]) -> None:
         for task, found in first.items():
             if task not in tasks:
                 raise EvaluationError(f"{mode} has no answers to {task}")
-            ours, theirs = tasks[task].asked, found.asked
-            if ours != theirs:
-                other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+            ours, theirs = tasks[task].task, found.task
+            other = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+            if other:
                 raise EvaluationError(
                     f"the modes were asked different things in {task} ({', '.join(other)}: "
                     f"{[ours.get(key) for key in other]} of {mode}, {[theirs.get(key) for key in other]} of "
-                    f"{next(iter(answers))}): evaluate both with the same items, limits and lm-eval"
+                    f"{next(iter(answers))}): evaluate both with the same items and lm-eval"
                 )
+            if [item["asked"] for item in tasks[task].items] != [item["asked"] for item in found.items]:
+                raise EvaluationError(f"{mode} and {next(iter(answers))} were asked for different items of {task}")
 
 
 def _rights(found: Answers, original: Answers) -> list[int]:

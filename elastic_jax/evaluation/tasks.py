@@ -6,10 +6,8 @@ items come from is replaced.
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
-import json
 import logging
 import re
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from elastic_jax.errors import EvaluationError
 from elastic_jax.evaluation import items
+from elastic_jax.evaluation.answers import digest_of
 
 SEED = 1234
 """Of drawing few-shot examples: lm-eval's own default."""
@@ -63,18 +62,31 @@ class TaskSet:
             asked += task.instances
         return asked
 
-    def identity(self, asked: list[Any]) -> dict[str, Any]:
-        """What answers must agree on to be comparable: items, prompts, metric."""
-        texts = [[instance.doc_id, [str(argument) for argument in instance.args]] for instance in asked]
+    def identity(self) -> dict[str, Any]:
+        """What answers must agree on to be comparable, beside the prompts."""
         return {
             "task": self.name,
             "data": self.data,
-            "items": len({(instance.task_name, instance.doc_id) for instance in asked}),
             "fewshot": self.fewshot,
             "metric": list(self.metric),
-            "requests_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
             "lm_eval": importlib.metadata.version("lm_eval"),
         }
+
+
+def by_item(asked: list[Any]) -> dict[str, list[Any]]:
+    """The instances of each item, by its id."""
+    found: dict[str, list[Any]] = {}
+    for instance in asked:
+        found.setdefault(f"{instance.task_name}/{instance.doc_id}", []).append(instance)
+    return found
+
+
+def digests(asked: list[Any]) -> dict[str, str]:
+    """Item -> digest of its prompts."""
+    return {
+        name: digest_of([[str(argument) for argument in instance.args] for instance in instances])
+        for name, instances in by_item(asked).items()
+    }
 
 
 def load(names: list[str], data: Path | None) -> list[TaskSet]:
