@@ -19,7 +19,8 @@ from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.executables import default_compiler_options
-from elastic_jax.model import Dot, Mistral
+from elastic_jax.groups import LM_HEAD
+from elastic_jax.model import Dot, Mistral, RMSNorm
 from elastic_jax.search.forward import Role
 from elastic_jax.weights import Weights
 
@@ -63,8 +64,7 @@ class DivergenceMeter:
         self._windows = [np.asarray(window, np.int32) for window in windows]
         attention, dot, _ = kernels.default_names(config, device.platform, "float32")
         self._attention, self._dot = attention, kernels.dot(dot)
-        head = {name: original[name] for name in ("embedding", "final_norm", "lm_head") if name in original}
-        self._head = head
+        self._head = _head_of(original)
         self._original = self._hidden(original, self._dot, "prompt")
 
     def measure(self, weights: Weights, role: Role, dot: Dot | None = None) -> Divergence:
@@ -77,10 +77,9 @@ class DivergenceMeter:
         """
         dot = dot or self._dot
         compare = jax.jit(functools.partial(_compare, self._config, self._dot, dot))
-        head = {name: weights[name] for name in ("embedding", "final_norm", "lm_head") if name in weights}
         means, flips = [], []
         for original, hidden in zip(self._original, self._hidden(weights, dot, role), strict=True):
-            kl, flipped = compare(self._head, head, original, hidden)
+            kl, flipped = compare(self._head, _head_of(weights), original, hidden)
             means.append(float(np.asarray(kl, np.float64).mean()))
             flips.append(float(np.asarray(flipped, np.float64).mean()))
         spread = float(np.std(means, ddof=1) / np.sqrt(len(means))) if len(means) > 1 else 0.0
@@ -124,9 +123,9 @@ def _compare(
     """KL and flips at each position; logits of some positions at a time."""
 
     def log_probabilities(weights: Weights, dot: Dot, x: Any) -> Any:
-        none = dataclasses.replace(config, num_layers=0)
-        model = Mistral(none, weights, attention=_no_attention, dot=dot, decode=None, dtype=jnp.dtype("float32"))
-        return jax.nn.log_softmax(model.logits(x), axis=-1)
+        normed = RMSNorm(weights["final_norm"], config.rms_norm_eps)(x)
+        logits = dot(normed, weights.get(LM_HEAD, weights["embedding"]), generated=x.shape[0])
+        return jax.nn.log_softmax(logits, axis=-1)
 
     def each(part: tuple[Any, Any]) -> tuple[Any, Any]:
         p, q = log_probabilities(head, dot, part[0]), log_probabilities(other, other_dot, part[1])
@@ -136,7 +135,3 @@ def _compare(
     size = next(n for n in range(min(_CHUNK, length), 0, -1) if length % n == 0)
     kl, flips = jax.lax.map(each, (x.reshape(-1, size, x.shape[1]), y.reshape(-1, size, y.shape[1])))
     return kl.reshape(-1), flips.reshape(-1)
-
-
-def _no_attention(*_: Any) -> Any:
-    raise TypeError("the head has no attention")

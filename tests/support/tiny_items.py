@@ -36,7 +36,12 @@ ITEMS = {
         for n in range(8)
     ],
     "winogrande_xl_valid.jsonl": [
-        {"sentence": f"The {_word(n)} met a {_word(n + 1)} as _ fell.", "option1": "it", "option2": "she", "answer": "2"}
+        {
+            "sentence": f"The {_word(n)} met a {_word(n + 1)} as _ fell.",
+            "option1": "it",
+            "option2": "she",
+            "answer": "2",
+        }
         for n in range(4)
     ],
     "wikitext2_few.jsonl": [{"text": f"A {_word(n)} is near the {_word(3 * n)} . \n"} for n in range(200)],

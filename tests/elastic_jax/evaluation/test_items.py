@@ -39,7 +39,12 @@ def test_a_line_separator_inside_an_item_ends_no_line(item_folder, tmp_path):
         ("piqa", "piqa_valid.jsonl", "{", r"piqa_valid.jsonl:9: expected a JSON object"),
         ("piqa", "piqa_valid.jsonl", "[1]", "expected a JSON object, found list"),
         ("piqa", "piqa_valid.jsonl", '{"goal": "x", "sol1": "y", "label": 0}', "`sol2` must be text, found only"),
-        ("piqa", "piqa_valid.jsonl", '{"goal": "x", "sol1": 1, "sol2": "z", "label": 0}', "`sol1` must be text, found 1"),
+        (
+            "piqa",
+            "piqa_valid.jsonl",
+            '{"goal": "x", "sol1": 1, "sol2": "z", "label": 0}',
+            "`sol1` must be text, found 1",
+        ),
         ("piqa", "piqa_valid.jsonl", '{"goal": "x", "sol1": "y", "sol2": "z", "label": 2}', "label must be 0 or 1"),
         ("piqa", "piqa_valid.jsonl", '{"goal": "x", "sol1": "y", "sol2": "z", "label": true}', "whole number"),
         (
@@ -60,7 +65,12 @@ def test_a_line_separator_inside_an_item_ends_no_line(item_folder, tmp_path):
             '{"id": "1", "question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "C"}',
             "one of the labels",
         ),
-        ("winogrande", "winogrande_xl_valid.jsonl", '{"sentence": "s", "option1": "a", "option2": "b", "answer": "1"}', "`_`"),
+        (
+            "winogrande",
+            "winogrande_xl_valid.jsonl",
+            '{"sentence": "s", "option1": "a", "option2": "b", "answer": "1"}',
+            "`_`",
+        ),
         ("gsm8k", "gsm8k_test.jsonl", '{"question": "q", "answer": "7"}', "#### NUMBER"),
     ],
 )
