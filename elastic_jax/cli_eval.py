@@ -64,6 +64,7 @@ def evaluate(
             f"evaluation needs lm-eval, which is not installed ({error}): `uv sync --extra eval`, or "
             '`pip install "elastic-jax[eval]"`'
         ) from None
+    from elastic_jax.evaluation.answering import TEXT_LENGTH
     from elastic_jax.evaluation.evaluate import QUALITY, Evaluation, Settings
     from elastic_jax.evaluation.quality import render
 
@@ -75,6 +76,7 @@ def evaluate(
         limit=limit,
         out=out or checkpoint / "evaluation",
         text_windows=text_windows,
+        text_length=TEXT_LENGTH,
         kl_windows=kl_windows,
         control=control,
         calibration=calibration,

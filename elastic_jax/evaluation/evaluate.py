@@ -54,6 +54,7 @@ class Settings:
         limit: task -> most items.
         out: the folder of the evaluation.
         text_windows: windows that perplexity is measured on; 0 for none.
+        text_length: tokens of each window.
         kl_windows: of these, how many KL is measured on; 0 for none.
         control: the checkpoint that the control is made from; None for the one that is evaluated.
         calibration: text for the control; None for what the original model writes.
@@ -66,6 +67,7 @@ class Settings:
     limit: str | None
     out: Path
     text_windows: int
+    text_length: int
     kl_windows: int
     control: Path | None
     calibration: Path | None
@@ -119,7 +121,7 @@ class Evaluation:
         if settings.text_windows:
             tokenizer = Tokenizer.load(checkpoint.tokenizer_path)
             ids = tokenizer.encode(self._text, add_special_tokens=True)
-            self._windows = answering.text_windows(ids, settings.text_windows, answering.TEXT_LENGTH)
+            self._windows = answering.text_windows(ids, settings.text_windows, settings.text_length)
         self._asked = {task.name: task.requests(limits[task.name]) for task in self._tasks}
         self._digests = {name: tasks.digests(asked) for name, asked in self._asked.items()}
         self._scales: dict[str, float] | None = None
@@ -165,7 +167,7 @@ class Evaluation:
         writers = {task.name: self._writer(mode, task) for task in self._tasks}
         if self._windows:
             file = answers.path_of(self._settings.out, mode, answering.TEXT)
-            identity = answering.text_identity(answering.TEXT, self._text, answering.TEXT_LENGTH)
+            identity = answering.text_identity(answering.TEXT, self._text, self._settings.text_length)
             digests, facts = answering.window_digests(self._windows), {"versions": versions()}
             writers[answering.TEXT] = Writer(file, digests, identity, self._whose(mode), facts)
         if replaced := [name for name, writer in writers.items() if writer.replaced]:
@@ -238,7 +240,7 @@ class Evaluation:
             stored = json.loads(file.read_text("utf-8"))
             if stored.get("identity") == identity:
                 return stored["found"]
-        self._say(f"{mode}: KL on {len(windows)} windows of {answering.TEXT_LENGTH} tokens")
+        self._say(f"{mode}: KL on {len(windows)} windows of {self._settings.text_length} tokens")
         found = self._measure(mode, windows)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"identity": identity, "found": found})
@@ -294,7 +296,7 @@ class Evaluation:
             "baseline": quality.baseline,
             "original": found[ORIGINAL][self._tasks[0].name].facts if ORIGINAL in found else None,
             "tasks": {task.name: task.identity() for task in self._tasks},
-            "text": {"windows": len(self._windows), "length": answering.TEXT_LENGTH},
+            "text": {"windows": len(self._windows), "length": self._settings.text_length},
             "kl_windows": self._settings.kl_windows,
             "counted": quality.counted,
             "left_out": quality.left_out,

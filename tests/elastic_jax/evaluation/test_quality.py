@@ -40,7 +40,7 @@ def quality():
     found = {
         "S": {"piqa": answers("piqa", lossy), "winogrande": answers("winogrande", LIKE_COINS)},
         "L": {"piqa": answers("piqa", GOOD), "winogrande": answers("winogrande", LIKE_COINS[::-1])},
-        "XL": {"piqa": answers("piqa", GOOD[:-1] + [1]), "winogrande": answers("winogrande", LIKE_COINS)},
+        "XL": {"piqa": answers("piqa", [*GOOD[:-1], 1]), "winogrande": answers("winogrande", LIKE_COINS)},
         "Original": {"piqa": answers("piqa", GOOD), "winogrande": answers("winogrande", LIKE_COINS)},
         "W8A8": {"piqa": answers("piqa", [1, 0] * 500), "winogrande": answers("winogrande", LIKE_COINS)},
     }
