@@ -48,8 +48,8 @@ def quality(result: Mapping[str, Any]) -> str:
     rows += [[name, "", *(show(means[mode]) for mode in columns)] for name, show in lines.items()]
     text = [
         f"{_model(result)}, {where(result)}, {_versions(result)}. Accuracy in % ± its standard error, by lm-eval's "
-        f"prompts and examples; compared with {_baseline(result)} item by item. Loss = 1 - mean accuracy / mean accuracy "
-        "of the original; its bound is one-sided, from a paired bootstrap. Perplexity: "
+        f"prompts and examples; compared with {_baseline(result)} item by item. Loss = 1 - mean accuracy / mean "
+        "accuracy of the original; its bound is one-sided, from a paired bootstrap. Perplexity: "
         f"{result['text']['windows']} windows of {result['text']['length']} tokens of WikiText-2; KL: "
         f"{result['kl_windows']} of them, in float32. W8A8 is plain int8 with static activation scales, a control and "
         "no mode.",

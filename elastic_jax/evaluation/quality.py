@@ -238,5 +238,5 @@ def _percent(row: Mapping[str, Any], name: str, error: str) -> str:
     return "" if row[name] is None else f"{100 * row[name]:.2f} ± {100 * row[error]:.2f}"
 
 
-def _number(value: float | None, factor: float, digits: int) -> str:
+def _number(value: float | None, factor: int, digits: int) -> str:
     return "" if value is None else f"{factor * value:.{digits}f}"
