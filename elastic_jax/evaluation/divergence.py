@@ -95,6 +95,11 @@ class DivergenceMeter:
         return [compiled(weights, jax.device_put(window, self._device)) for window in self._windows]
 
 
+def _head_of(weights: Weights) -> Weights:
+    """What logits are computed with."""
+    return {name: weights[name] for name in ("embedding", "final_norm", LM_HEAD) if name in weights}
+
+
 def _run(config: ModelConfig, attention: str, dot: Dot, role: Role, length: int, weights: Weights, tokens: Any) -> Any:
     slots = -(-length // _PAGE) * _PAGE
     cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)

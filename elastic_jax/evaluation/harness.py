@@ -30,7 +30,6 @@ _WINDOW = 2048
 _log = logging.getLogger(__name__)
 
 
-@register_model("elastic-jax")
 class ElasticLM(TemplateLM):
     """A loaded mode as lm-eval asks it.
 
@@ -228,3 +227,6 @@ class ElasticLM(TemplateLM):
             for number, generation in zip(numbers, found, strict=True):
                 answers[number] = generation.text
         return answers
+
+
+register_model("elastic-jax")(ElasticLM)  # as a decorator it would hide the class's type
