@@ -125,6 +125,7 @@ class Evaluation:
         self._asked = {task.name: task.requests(limits[task.name]) for task in self._tasks}
         self._digests = {name: tasks.digests(asked) for name, asked in self._asked.items()}
         self._scales: dict[str, float] | None = None
+        self._meters: dict[Path, DivergenceMeter] = {}
 
     def run(self) -> Quality:
         """Asks what is missing, compares, and writes the table and the plans' promises.
@@ -247,18 +248,20 @@ class Evaluation:
         return found
 
     def _measure(self, mode: str, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        if mode != CONTROL and set(self._plans[mode].choices.values()) == {"bf16"}:
+            return {role: {"kl": 0.0, "stderr": 0.0, "flips": 0.0} for role in ROLES}
         threads, device = self._settings.workers, self._device
         checkpoint = self._control if mode == CONTROL else self._checkpoint
-        config = checkpoint.config
-        original = load_weights(checkpoint, checkpoint.plan("XL"), "float32", device, workers=threads, progress=None)
-        meter = DivergenceMeter(config, original, windows, device)
+        meter = self._meters.get(checkpoint.path)
+        if meter is None:
+            original = load_weights(
+                checkpoint, checkpoint.plan("XL"), "float32", device, workers=threads, progress=None
+            )
+            meter = self._meters[checkpoint.path] = DivergenceMeter(checkpoint.config, original, windows, device)
         if mode == CONTROL:
             weights = control_weights(checkpoint, self._control_scales(), "float32", device, threads)
             return {"prompt": dataclasses.asdict(meter.measure(weights, "prompt", static_dot))}
-        plan = self._plans[mode]
-        if set(plan.choices.values()) == {"bf16"}:
-            return {role: {"kl": 0.0, "stderr": 0.0, "flips": 0.0} for role in ROLES}
-        weights = load_weights(checkpoint, plan, "float32", device, workers=threads, progress=None)
+        weights = load_weights(checkpoint, self._plans[mode], "float32", device, workers=threads, progress=None)
         return {role: dataclasses.asdict(meter.measure(weights, role)) for role in ROLES}
 
     # -- finishing -----------------------------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ def assess(
             {"mode": mode, "task": task, **_row({task: found}), "counted": task in counted}
             for task, found in pairs.items()
         ]
+        if mode == baseline:  # it loses nothing against itself, whatever the items
+            for row in rows[-len(original) :]:
+                row["loss_upper95"] = 0.0 if row["loss"] is not None else None
         rows.append(
             {
                 "mode": mode,
@@ -87,6 +90,8 @@ def assess(
                 "certified": None,
             }
         )
+        if mode == baseline and rows[-1]["loss"] is not None:
+            rows[-1]["loss_upper95"] = 0.0
         _certify(rows[-1])
     differing = None
     if baseline == ORIGINAL and "XL" in answers:

@@ -35,7 +35,11 @@ def result() -> dict[str, Any]:
     rows = [row(mode, task) for mode in ("L", "S", "XL", "Original", "W8A8") for task in ("piqa", "winogrande", "mean")]
     return {
         "bench": "quality",
-        "environment": {"device": "NVIDIA H100 80GB HBM3", "cores": 16, "versions": {"jax": "0.11.2", "lm_eval": "0.4"}},
+        "environment": {
+            "device": "NVIDIA H100 80GB HBM3",
+            "cores": 16,
+            "versions": {"jax": "0.11.2", "lm_eval": "0.4"},
+        },
         "source": {"files": [{"name": "SmolLM2.gguf"}]},
         "calibrated": True,
         "plans": {"S": {"provisional": False}, "L": {"provisional": True}, "XL": {"provisional": True}},
