@@ -57,6 +57,7 @@ def units_of(abstract: Mistral, step: StepConfig) -> list[Unit]:
     """Every unit that runs a model, given its module over shapes."""
     config = abstract.config
     leaves, graph, tree = flatten(abstract)
+    choose = kernels.sampling(step.sampling)
     state = steps.abstract_state(config, step)
     sampling = steps.abstract_sampling(config, step)
 
@@ -64,10 +65,10 @@ def units_of(abstract: Mistral, step: StepConfig) -> list[Unit]:
         return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
     def greedy(weights: Any, state: Any, inputs: Any) -> Any:
-        return steps.step(model(weights), state, inputs, None, step)
+        return steps.step(model(weights), state, inputs, None, step, choose)
 
     def sampled(weights: Any, state: Any, inputs: Any, sampling: Any) -> Any:
-        return steps.step(model(weights), state, inputs, sampling, step)
+        return steps.step(model(weights), state, inputs, sampling, step, choose)
 
     def top(logits: Any) -> Any:
         return steps.top(logits, step.top_n)
