@@ -24,7 +24,8 @@ from elastic_jax.executables import default_compiler_options, default_step_confi
 from elastic_jax.groups import LM_HEAD, model_groups
 from elastic_jax.kernels import integer_dot_xla
 from elastic_jax.memory import plan_memory
-from elastic_jax.model import Mistral, RMSNorm
+from elastic_jax.model import Mistral
+from elastic_jax.norm import RMSNorm
 from elastic_jax.phases import Phases
 from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.quantization import QArray, swiglu
@@ -58,15 +59,22 @@ class StaticArray(QArray):
 
 
 def static_dot(
-    x: Float[Array, "tokens in"], weight: Any, *, generated: int, gated: bool = False
+    x: Float[Array, "tokens in"],
+    weight: Any,
+    *,
+    generated: int,
+    norm: RMSNorm | None = None,
+    gated: bool = False,
+    residual: Float[Array, "tokens out"] | None = None,
 ) -> Float[Array, "tokens columns"]:
     """`quantization.dot`, and for a `StaticArray` the product of activations rounded at its scale and clipped."""
     dot = integer_dot_xla.IMPLEMENTATION
     if not isinstance(weight, StaticArray):
-        return quantized_dot(x, weight, generated=generated, integer_dot=dot, gated=gated)
-    plane = jnp.clip(jnp.round(x.astype(jnp.float32) / weight.activation_scale), -127, 127).astype(jnp.int8)
+        return quantized_dot(x, weight, generated=generated, integer_dot=dot, norm=norm, gated=gated, residual=residual)
+    x = (x if norm is None else norm(x)).astype(jnp.float32)
+    plane = jnp.clip(jnp.round(x / weight.activation_scale), -127, 127).astype(jnp.int8)
     scale = jnp.broadcast_to(weight.activation_scale, (x.shape[0], 1))
-    out = dot.multiply(plane, scale, weight.values, weight.scales)
+    out = dot.multiply(plane, scale, weight.values, weight.scales, None if gated else residual)
     return swiglu(out) if gated else out
 
 

@@ -20,7 +20,8 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.executables import default_compiler_options
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import Dot, Mistral, RMSNorm
+from elastic_jax.model import Dot, Mistral
+from elastic_jax.norm import RMSNorm
 from elastic_jax.search.forward import Role
 from elastic_jax.weights import Weights
 
