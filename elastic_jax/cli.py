@@ -19,6 +19,7 @@ from elastic_jax.cli_bench import bench
 from elastic_jax.cli_cache import cache_app
 from elastic_jax.cli_chat import chat
 from elastic_jax.cli_doctor import doctor
+from elastic_jax.cli_eval import evaluate
 from elastic_jax.cli_frontier import cost, frontier, search
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
@@ -276,6 +277,7 @@ app.command()(generate)
 
 for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor, calibrate, cost, search, frontier):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.add_typer(cache_app, name="cache")
 
 

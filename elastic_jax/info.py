@@ -47,6 +47,7 @@ def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
                 "choices": plan.counts(),
                 "provisional": plan.provisional,
                 "note": plan.note,
+                "promise": plan.measured.get("promise"),
             }
         )
     return {
@@ -79,6 +80,19 @@ def _describe_store(folder: Path) -> dict[str, Any]:
         return described | {"problem": str(error)}
 
 
+def _promise(mode: str, promise: dict[str, Any]) -> str:
+    """A mode's promise, whether it is certified, and on which items."""
+    told = f"{mode} promises to lose less than {100 * promise['largest_loss']:.3g} %: {promise['status']}"
+    if promise.get("items"):
+        told += f" on {promise['n']} items of {', '.join(promise['items'])}"
+    if promise.get("loss_upper95") is not None:
+        told += (
+            f", measured loss {100 * promise['loss']:.2f} %, below {100 * promise['loss_upper95']:.2f} % with 95 % "
+            "confidence"
+        )
+    return told + (f" ({promise['why_not']})" if promise.get("why_not") else "")
+
+
 def render(info: dict[str, Any]) -> str:
     """The same as text."""
     model = info["model"]
@@ -95,6 +109,7 @@ def render(info: dict[str, Any]) -> str:
         lines.append(f"{mode['mode']:5s} {size:11s} {groups}{mark}")
     notes = {mode["note"] if mode["provisional"] else f"{mode['mode']}: {mode['note']}" for mode in info["modes"]}
     lines += ["", *sorted(notes)] if notes else []
+    lines += [_promise(mode["mode"], mode["promise"]) for mode in info["modes"] if mode["promise"]]
     lines.append("")
     if not info["executables"]:
         compiling = f"compile with `elastic-jax compile {shlex.quote(info['path'])}`"
