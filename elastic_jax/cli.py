@@ -321,11 +321,18 @@ def push(
 @app.command()
 def demo(
     directory: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; the cache by default.")] = None,
+    fetch: Annotated[
+        Path | None, typer.Option(help="Only fetch the model, and copy it to this .gguf file.", metavar="FILE")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a small real model, convert it, compile every mode, and generate with each in a fresh process."""
-    from elastic_jax.demo import run_demo
+    from elastic_jax.demo import fetch_model, run_demo
 
+    if fetch is not None:
+        size = fetch_model(fetch)
+        print_value({"path": str(fetch), "bytes": size}, as_json, lambda: f"{fetch}: {size / 1e6:.1f} MB")
+        return
     results = run_demo(directory, lambda message: note(message, as_json))
     if as_json:
         typer.echo(json.dumps(results))
