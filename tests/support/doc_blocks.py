@@ -11,7 +11,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-REASONS = ("needs an NVIDIA GPU", "needs Docker", "needs a Hub account", "is an example of output", "takes hours")
+REASONS = ("needs an NVIDIA GPU", "needs Docker", "needs a Hub account", "is run by", "takes hours")
 """Why a block may not be run."""
 
 CODE = ("python", "bash")
