@@ -43,6 +43,7 @@ from elastic_jax.cli_search import calibrate
 from elastic_jax.errors import ElasticError
 from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.offline import go_offline
+from elastic_jax.system_errors import describe as describe_error
 from elastic_jax.workers import default_workers
 
 app = typer.Typer(
@@ -207,13 +208,14 @@ def dump_target(
 ) -> None:
     """Describe the GPU at hand, so that `compile --target FILE` can compile for it elsewhere."""
     from aot_cache.targets import Description
+    from elastic_jax.checkpoint_io import write_file
     from elastic_jax.device import default_device
 
     text = json.dumps(Description.of(default_device()).to_json(), indent=1)
     if out is None:
         typer.echo(text)
     else:
-        out.write_text(text + "\n")
+        write_file(out, f"{text}\n".encode())
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def _run(command: Callable[[], Any]) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:  # no permission, no space, no such device: the system's words are the message
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {describe_error(error)}", err=True)
         sys.exit(1)
 
 
