@@ -41,7 +41,6 @@ from elastic_jax.cli_options import (
 )
 from elastic_jax.cli_search import calibrate
 from elastic_jax.errors import ElasticError
-from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.offline import go_offline
 from elastic_jax.system_errors import describe as describe_error
 from elastic_jax.workers import default_workers
@@ -249,19 +248,24 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def info(
     checkpoint: CheckpointOrIdArgument,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the plans into this SVG file.", metavar="FILE.svg", show_default=False)
+    ] = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a checkpoint: its model, modes and executables. Of one on the Hub, no weights are fetched."""
-    from elastic_jax.info import describe, describe_remote, render
+    from elastic_jax.info import describe_opened, open_described, render
 
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-        described = describe_remote(checkpoint, revision=revision, token=token)
-    else:
-        refuse_revision(checkpoint, revision)
-        described = describe(Path(checkpoint))
+    hide_hub_progress(as_json)
+    opened = open_described(checkpoint, revision=revision, token=token)
+    described = describe_opened(opened, checkpoint)
+    if plot is not None:
+        from elastic_jax.info_plot import plot as draw
+
+        draw(opened, plot, checkpoint)
+        described["plot"] = str(plot)
     print_value(described, as_json, lambda: render(described))
 
 

@@ -19,6 +19,6 @@ def test_an_error_with_a_file_keeps_it() -> None:
     with pytest.raises(FileNotFoundError) as caught, about(Path("there")):
         Path("absent").read_bytes()
     assert describe(caught.value) == "absent: No such file or directory"
-    with pytest.raises(OSError, match="^words$") as caught, about(Path("there")):
+    with pytest.raises(OSError, match=r"^words$") as caught, about(Path("there")):
         raise OSError("words")
     assert describe(caught.value) == "words"
