@@ -9,6 +9,7 @@ from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
     JsonOption,
+    KvOption,
     RevisionOption,
     TokenOption,
     hide_hub_progress,
@@ -30,6 +31,7 @@ def plan(
     ] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
     dtype: DtypeOption = "bfloat16",
+    kv: KvOption = "full",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a request whose time is estimated.")] = 1024,
     new_tokens: Annotated[int, typer.Option(min=1, help="Generated for it.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Requests at the same time.")] = 1,
@@ -56,7 +58,7 @@ def plan(
         "memory_bytes_per_second": where.bandwidth,
         "workload": dataclasses.asdict(workload),
         "modes": [
-            size_mode(model.config, one, where, dtype, max_context=max_context, workload=workload)
+            size_mode(model.config, one, where, dtype, max_context=max_context, workload=workload, kv=kv)
             for one in model.plans
         ],
     }

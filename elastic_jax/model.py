@@ -18,13 +18,15 @@ from jaxtyping import Array, Float, Float32, Int32
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
+from elastic_jax.kv_cache import Cache, write
+from elastic_jax.norm import RMSNorm
 
-type Attention = Callable[[Array, Array, TokenBatch], Array]
-"""(query [tokens, heads, dim], kv [slots, 2, kv_heads, dim], batch) -> float32 [tokens, heads, dim]."""
+type Attention = Callable[[Array, Any, TokenBatch], Array]
+"""(query [tokens, heads, dim], kv (a `kv_cache.Cache`), batch) -> float32 [tokens, heads, dim]."""
 
 type Dot = Callable[..., Array]
-"""(x [tokens, in], weight, *, generated, gated=False) -> [tokens, out], or if gated SwiGLU of it (Shazeer,
-arXiv:2002.05202), [tokens, out / 2]; see `quantization.dot`."""
+"""(x [tokens, in], weight, *, generated, norm=None, gated=False, residual=None) -> [tokens, out], or if gated SwiGLU of
+it (Shazeer, arXiv:2002.05202), [tokens, out / 2]; see `quantization.dot`."""
 
 
 class Linear(nnx.Module):
@@ -35,24 +37,25 @@ class Linear(nnx.Module):
         self.dot = dot
 
     def __call__(
-        self, x: Float[Array, "tokens in"], *, generated: int, gated: bool = False
+        self,
+        x: Float[Array, "tokens in"],
+        *,
+        generated: int,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Float[Array, "tokens out"] | None = None,
     ) -> Float[Array, "tokens columns"]:
-        """Multiplies; the first `generated` rows are generated tokens. `gated` as in `Dot`."""
-        return self.dot(x, self.weight.get_value(), generated=generated, gated=gated)
+        """Multiplies.
 
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalization (Zhang and Sennrich, arXiv:1910.07467), computed and returned in float32."""
-
-    def __init__(self, weight: Any, eps: float) -> None:
-        self.weight = nnx.Param(weight)
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float32[Array, "tokens hidden"]:
-        """Normalizes over the last axis."""
-        x = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return x * scale * self.weight.get_value().astype(jnp.float32)[None, :]
+        Args:
+            x: activations, the generated tokens' rows first.
+            generated: how many rows are those of generated tokens.
+            norm: normalizes the activations first.
+            gated: as in `Dot`.
+            residual: what the product, rounded to its type, is added to.
+        """
+        weight = self.weight.get_value()
+        return self.dot(x, weight, generated=generated, norm=norm, gated=gated, residual=residual)
 
 
 def rotary_frequencies(head_dim: int, theta: float) -> Float32[Array, " half"]:
@@ -89,25 +92,31 @@ class SelfAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float32[Array, "tokens hidden"],
+        x: Float[Array, "tokens hidden"],
+        norm: RMSNorm,
         angles: tuple[Array, Array],
-        kv: Float[Array, "slots 2 kv_heads dim"],
+        kv: Cache,
         batch: TokenBatch,
-    ) -> tuple[Float32[Array, "tokens hidden"], Float[Array, "slots 2 kv_heads dim"]]:
-        """Writes this step's keys and values into the cache, then attends over it; returns both."""
+    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
+        """Writes this step's keys and values into the cache, then attends over it.
+
+        Returns:
+            the residual stream with attention of its normalized copy added, and the cache.
+        """
         c = self.config
         with jax.named_scope("qkv"):
-            q, k, v = jnp.split(self.qkv(x, generated=batch.generated), (c.q_size, c.q_size + c.kv_size), axis=-1)
+            qkv = self.qkv(x, generated=batch.generated, norm=norm)
+            q, k, v = jnp.split(qkv, (c.q_size, c.q_size + c.kv_size), axis=-1)
         with jax.named_scope("rotary"):
             q = rotate(q.reshape(-1, c.num_heads, c.head_dim), *angles)
             k = rotate(k.reshape(-1, c.num_kv_heads, c.head_dim), *angles)
             v = v.reshape(k.shape)
         with jax.named_scope("kv_write"):
-            kv = kv.at[batch.slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype), mode="drop")
+            kv = write(kv, batch.slot, k, v)
         with jax.named_scope("attention"):
             out = self.attention(q.astype(kv.dtype), kv, batch)
         with jax.named_scope("o"):
-            return self.o(out.reshape(-1, c.q_size), generated=batch.generated), kv
+            return self.o(out.reshape(-1, c.q_size), generated=batch.generated, residual=x), kv
 
 
 class MLP(nnx.Module):
@@ -117,12 +126,14 @@ class MLP(nnx.Module):
         self.gate_up = Linear(gate_up, dot)
         self.down = Linear(down, dot)
 
-    def __call__(self, x: Float32[Array, "tokens hidden"], *, generated: int) -> Float32[Array, "tokens hidden"]:
-        """The MLP of some tokens."""
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], norm: RMSNorm, *, generated: int
+    ) -> Float[Array, "tokens hidden"]:
+        """The residual stream with the MLP of its normalized copy added."""
         with jax.named_scope("gate_up"):
-            hidden = self.gate_up(x, generated=generated, gated=True)
+            hidden = self.gate_up(x, generated=generated, norm=norm, gated=True)
         with jax.named_scope("down"):
-            return self.down(hidden, generated=generated)
+            return self.down(hidden, generated=generated, residual=x)
 
 
 class Block(nnx.Module):
@@ -138,13 +149,11 @@ class Block(nnx.Module):
         self.mlp = MLP(weights[f"{name}.gate_up"], weights[f"{name}.down"], dot)
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Array, batch: TokenBatch
-    ) -> tuple[Float[Array, "tokens hidden"], Array]:
+        self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Cache, batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
         """The residual stream after this layer, and the layer's cache."""
-        attended, kv = self.attention(self.attention_norm(x), angles, kv, batch)
-        x = x + attended.astype(x.dtype)
-        x = x + self.mlp(self.mlp_norm(x), generated=batch.generated).astype(x.dtype)
-        return x, kv
+        x, kv = self.attention(x, self.attention_norm, angles, kv, batch)
+        return self.mlp(x, self.mlp_norm, generated=batch.generated), kv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +170,7 @@ class Decode:
     """
 
     takes: Callable[..., bool]
-    run_layers: Callable[..., tuple[Array, tuple[Array, ...]]]
+    run_layers: Callable[..., tuple[Array, tuple[Any, ...]]]
     takes_head: Callable[..., bool]
     run_head: Callable[..., Array]
 
@@ -199,8 +208,8 @@ class Mistral(nnx.Module):
         self.lm_head = Linear(weights.get(LM_HEAD, self.embedding), dot)
 
     def __call__(
-        self, token: Int32[Array, " tokens"], kv: tuple[Array, ...], batch: TokenBatch
-    ) -> tuple[Float[Array, "tokens hidden"], tuple[Array, ...]]:
+        self, token: Int32[Array, " tokens"], kv: tuple[Cache, ...], batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], tuple[Cache, ...]]:
         """The residual stream after the last layer, and every layer's cache with this step's tokens in it."""
         with jax.named_scope("embed"):
             x = self.embedding.get_value().at[token].get(mode="clip").astype(self.dtype)
@@ -221,4 +230,4 @@ class Mistral(nnx.Module):
             weight = self.lm_head.weight.get_value()
             if self.decode is not None and self.decode.takes_head(weight, x.shape[0]):
                 return self.decode.run_head(self.final_norm, weight, x)
-            return self.lm_head(self.final_norm(x), generated=x.shape[0])
+            return self.lm_head(x, generated=x.shape[0], norm=self.final_norm)

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8
 
+from elastic_jax.norm import RMSNorm
+
 type Activations = Literal["a8", "a8b", "a16"]
 """How a prompt token's activations are rounded: to 8 bits with one scale a token, to 8 bits with a scale for each block
 of the contraction (`activation_blocks`), or to 16 bits. A generated token's are always 16-bit."""
@@ -75,11 +77,22 @@ def _scale(x: Float32[Array, "rows in"], largest: int) -> Float32[Array, "rows 1
     return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
 
 
-def quantize_8bit(x: Float[Array, "rows in"]) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows 1"]]:
-    """One int8 plane per token: x is about `plane * scale`, scale = absmax / 127."""
-    x = x.astype(jnp.float32)
+def quantize_8bit(
+    x: Float[Array, "rows in"], norm: RMSNorm | None = None, blocks: int = 1
+) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows blocks"]]:
+    """One int8 plane per token: x is about `plane * scale`, scale = absmax / 127.
+
+    Args:
+        x: activations.
+        norm: normalizes them first.
+        blocks: scales a token, one for each of so many equally long runs of columns.
+    """
+    x = x.astype(jnp.float32) if norm is None else norm(x)
+    rows, in_size = x.shape
+    x = x.reshape(rows * blocks, in_size // blocks)
     scale = _scale(x, 127)
-    return jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale
+    plane = jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8)
+    return plane.reshape(rows, in_size), scale.reshape(rows, blocks)
 
 
 def activation_blocks(in_size: int) -> int:
@@ -92,16 +105,6 @@ def activation_blocks(in_size: int) -> int:
     multiple = math.gcd(in_size, _BLOCK_MULTIPLE)
     counts = [n for n in range(1, in_size // multiple + 1) if in_size // multiple % n == 0]
     return min(counts, key=lambda n: (max(n / _BLOCKS, _BLOCKS / n), -n))
-
-
-def quantize_8bit_blocks(
-    x: Float[Array, "rows in"],
-) -> tuple[Int8[Array, "rows in"], Float32[Array, "rows blocks"]]:
-    """One int8 plane per token with a scale for each of `activation_blocks(in)` blocks of columns: absmax / 127."""
-    rows, in_size = x.shape
-    blocks = activation_blocks(in_size)
-    plane, scale = quantize_8bit(x.reshape(rows * blocks, in_size // blocks))
-    return plane.reshape(rows, in_size), scale.reshape(rows, blocks)
 
 
 def quantize_16bit(
@@ -120,16 +123,17 @@ class IntegerDot:
     """An implementation of integer dots.
 
     Attributes:
-        multiply: (x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1])
-            -> float32 [rows, out]: the product of `x * row_scales` and `values * scales`, by integer sums. `blocks`
-            divides `in`; column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`.
-        multiply_gated: the same, then `swiglu` -> bfloat16 [rows, out / 2].
+        multiply: (x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1],
+            residual [rows, out] or None) -> [rows, out]: the product of `x * row_scales` and `values * scales`, by
+            integer sums. `blocks` divides `in`; column `b` of `row_scales` is for the b-th of `blocks` equally long
+            runs of columns of `x`. Without residual, the product in float32; else `add_product` of both.
+        multiply_gated: (the first four) -> bfloat16 [rows, out / 2]: `swiglu` of the product.
         quantize_8bit: what the function of that name does.
     """
 
-    multiply: Callable[[Array, Array, Array, Array], Array]
+    multiply: Callable[[Array, Array, Array, Array, Array | None], Array]
     multiply_gated: Callable[[Array, Array, Array, Array], Array]
-    quantize_8bit: Callable[[Array], tuple[Array, Array]]
+    quantize_8bit: Callable[[Array, RMSNorm | None, int], tuple[Array, Array]]
 
 
 def swiglu(gate_up: Float[Array, "tokens both"]) -> Float[Array, "tokens half"]:
@@ -138,33 +142,55 @@ def swiglu(gate_up: Float[Array, "tokens both"]) -> Float[Array, "tokens half"]:
     return jax.nn.silu(gate) * up
 
 
+def add_product(
+    residual: Float[Array, "rows out"] | None, product: Float[Array, "rows out"]
+) -> Float[Array, "rows out"]:
+    """A product added to what is there, if anything is, in the latter's type, to which the product is rounded first."""
+    if residual is None:
+        return product
+    return residual + _rounded(product, residual.dtype).astype(residual.dtype)
+
+
+def _rounded(x: Float[Array, "rows columns"], dtype: jnp.dtype) -> Float[Array, "rows columns"]:
+    """Rounded as a conversion would, which between fused operations XLA may leave out."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
 def _quantized_dot(
-    x: Float[Array, "tokens in"], weight: QArray, wide: int, integer_dot: IntegerDot, gated: bool
+    x: Float[Array, "tokens in"],
+    weight: QArray,
+    wide: int,
+    integer_dot: IntegerDot,
+    norm: RMSNorm | None,
+    gated: bool,
+    residual: Float[Array, "tokens out"] | None,
 ) -> Float[Array, "tokens columns"]:
     """The first `wide` tokens bring two planes each, the others one; all rows share one integer dot."""
     planes: list[Array] = []
     scales: list[Array] = []
     if wide:
-        high, low, scale = quantize_16bit(x[:wide])
+        high, low, scale = quantize_16bit(x[:wide] if norm is None else norm(x[:wide]))
         planes += [high, low]
         # 256 * high overflows int32 for wide K, so the planes are joined in float32.
         scales += [256.0 * scale, scale]
     if wide < x.shape[0]:
-        blocked = weight.prompt_activations == "a8b"
-        plane, scale = quantize_8bit_blocks(x[wide:]) if blocked else integer_dot.quantize_8bit(x[wide:])
+        blocks = activation_blocks(x.shape[1]) if weight.prompt_activations == "a8b" else 1
+        plane, scale = integer_dot.quantize_8bit(x[wide:], norm, blocks)
         planes.append(plane)
         # Rows of 16-bit activations beside rows with block scales have the same scale in each block.
         scales = [jnp.broadcast_to(each, (each.shape[0], scale.shape[1])) for each in scales]
         scales.append(scale)
-    if gated and not wide:
-        return integer_dot.multiply_gated(planes[0], scales[0], weight.values, weight.scales)
-    out = integer_dot.multiply(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales)
+    if not wide:
+        operands = planes[0], scales[0], weight.values, weight.scales
+        return integer_dot.multiply_gated(*operands) if gated else integer_dot.multiply(*operands, residual)
+    out = integer_dot.multiply(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales, None)
     out = jnp.concatenate([out[:wide] + out[wide : 2 * wide], out[2 * wide :]])
     if not gated:
-        return out
+        return add_product(residual, out)
     out = swiglu(out)
     # As `multiply_gated` rounds them: what a prompt token is given must not depend on the step's other tokens.
-    return jnp.concatenate([out[:wide], out[wide:].astype(jnp.bfloat16).astype(out.dtype)])
+    return jnp.concatenate([out[:wide], _rounded(out[wide:], jnp.dtype(jnp.bfloat16))])
 
 
 def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float32[Array, "tokens out"]:
@@ -188,7 +214,9 @@ def dot(
     *,
     generated: int,
     integer_dot: IntegerDot,
+    norm: RMSNorm | None = None,
     gated: bool = False,
+    residual: Float[Array, "tokens out"] | None = None,
 ) -> Float[Array, "tokens columns"]:
     """Multiplies tokens by a weight stored [out, in]; the weight's type decides how.
 
@@ -197,15 +225,17 @@ def dot(
         weight: a float matrix (activations are cast to its dtype, sums are float32), or a `QArray`.
         generated: how many of the first rows are generated tokens.
         integer_dot: the implementation of integer dots (`kernels.INTEGER_DOT`).
+        norm: normalizes the activations first.
         gated: whether the weight's outputs are gate and up, and `swiglu` of them is wanted.
+        residual: what the product is added to (`add_product`); not if gated.
 
     Returns:
-        float32 [tokens, out], or [tokens, out / 2] if gated. 8-bit activations are too coarse to tell a gated result
-        from its rounding to bfloat16, so prompt tokens that have them get that: bfloat16 values, and bfloat16 as their
-        type where no token has 16-bit activations.
+        float32 [tokens, out], or the residual's type; [tokens, out / 2] if gated. 8-bit activations are too coarse to
+        tell a gated result from its rounding to bfloat16, so prompt tokens that have them get that: bfloat16 values,
+        and bfloat16 as their type where no token has 16-bit activations.
     """
     if isinstance(weight, QArray):
         wide = x.shape[0] if weight.prompt_activations == "a16" else generated
-        return _quantized_dot(x, weight, wide, integer_dot, gated)
-    out = _plain_dot(x, weight)
-    return swiglu(out) if gated else out
+        return _quantized_dot(x, weight, wide, integer_dot, norm, gated, residual)
+    out = _plain_dot(x if norm is None else norm(x), weight)
+    return swiglu(out) if gated else add_product(residual, out)

@@ -26,7 +26,7 @@ NOT_RUN = {
     "README.md": 1,
     "install.md": 1,
     "start.md": 2,
-    "targets.md": 1,
+    "targets.md": 2,
 }
 """Page -> how many of its blocks are not run. A block that is left out is counted here, so that none is by accident."""
 

@@ -11,8 +11,11 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.kernels import attention_xla, integer_dot_xla
 from elastic_jax.model import Attention, Decode, Dot
+from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import IntegerDot
 from elastic_jax.quantization import dot as quantized_dot
+from elastic_jax.sampling import Choose
+from elastic_jax.sampling import choose as choose_xla
 from elastic_jax.step import ComputeDtype
 
 
@@ -23,10 +26,10 @@ def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
     return attention_pallas.attention(query, kv, batch)
 
 
-def _pallas_multiply(*operands: Array) -> Array:
+def _pallas_multiply(x: Array, row_scales: Array, values: Array, scales: Array, residual: Array | None) -> Array:
     from elastic_jax.kernels import integer_dot_pallas
 
-    return integer_dot_pallas.multiply(*operands)
+    return integer_dot_pallas.multiply(x, row_scales, values, scales, residual)
 
 
 def _pallas_multiply_gated(*operands: Array) -> Array:
@@ -35,10 +38,10 @@ def _pallas_multiply_gated(*operands: Array) -> Array:
     return integer_dot_pallas.multiply_gated(*operands)
 
 
-def _pallas_quantize_8bit(x: Array) -> tuple[Array, Array]:
+def _pallas_quantize_8bit(x: Array, norm: RMSNorm | None, blocks: int) -> tuple[Array, Array]:
     from elastic_jax.kernels import quantize_pallas
 
-    return quantize_pallas.quantize_8bit(x)
+    return quantize_pallas.quantize_8bit(x, norm, blocks)
 
 
 ATTENTION: dict[str, Attention] = {"xla": attention_xla.attention, "pallas": _pallas_attention}
@@ -61,6 +64,16 @@ def _cuda_decode() -> Decode:
 DECODE: dict[str, Callable[[], Decode | None]] = {"xla": lambda: None, "cuda": functools.cache(_cuda_decode)}
 """Steps that only generate, by name: `xla` composes them of attention and dots; `cuda` has kernels for whole layers,
 for NVIDIA GPUs, and leaves steps of more tokens than it takes to be composed."""
+
+
+def _cuda_choose(*operands: Any) -> tuple[Array, Array, Array]:
+    from elastic_jax.kernels import sampling_cuda
+
+    return sampling_cuda.choose(*operands)
+
+
+SAMPLING: dict[str, Choose] = {"xla": choose_xla, "cuda": _cuda_choose}
+"""Choosing tokens by name: `xla` is the plain-XLA reference, `cuda` is one launch on NVIDIA GPUs."""
 
 
 def attention(name: str) -> Attention:
@@ -91,7 +104,16 @@ def decode(name: str) -> Decode | None:
     return _named(DECODE, name, "decode")()
 
 
-def prepare_to_load(decode: str) -> None:
+def sampling(name: str) -> Choose:
+    """The implementation of choosing tokens of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _named(SAMPLING, name, "sampling")
+
+
+def prepare_to_load(decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
@@ -101,6 +123,10 @@ def prepare_to_load(decode: str) -> None:
         from elastic_jax.kernels import decode_cuda
 
         decode_cuda.register()
+    if sampling == "cuda":
+        from elastic_jax.kernels import sampling_cuda
+
+        sampling_cuda.register()
 
 
 def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tuple[str, str, str]:
@@ -125,6 +151,23 @@ def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tu
 
     decode = allowed(decode_cuda, "cuda") if dtype == "bfloat16" else "xla"
     return allowed(attention_pallas, "pallas"), allowed(integer_dot_pallas, "pallas"), decode
+
+
+def default_sampling(platform: str) -> str:
+    """The sampling used unless another is named: on GPUs `cuda`, except with JAX's plugin for CUDA 12.
+
+    Args:
+        platform: `cpu` or `gpu`.
+    """
+    if platform != "gpu":
+        return "xla"
+    from elastic_jax.kernels import sampling_cuda
+
+    try:
+        sampling_cuda.check_device()
+    except ConfigError:
+        return "xla"
+    return "cuda"
 
 
 def _named[T](implementations: Mapping[str, T], name: str, what: str) -> T:

@@ -23,6 +23,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability
+from elastic_jax.quantization import add_product
 
 _NAME = "the integer dot called 'pallas'"
 
@@ -69,14 +70,16 @@ def multiply(
     row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
-) -> Float32[Array, "rows out"]:
-    """`(x * row_scales) @ (values * scales).T`, with exact integer sums.
+    residual: Float[Array, "rows out"] | None,
+) -> Float[Array, "rows out"]:
+    """`(x * row_scales) @ (values * scales).T`, with exact integer sums, added to `residual` if there is one.
 
     Raises:
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
             divide into its tiles.
     """
-    return run(x, row_scales, values, scales, _tiles_here(x, row_scales, values), gated=False, interpret=False)
+    tiles = _tiles_here(x, row_scales, values)
+    return run(x, row_scales, values, scales, residual, tiles, gated=False, interpret=False)
 
 
 def multiply_gated(
@@ -85,13 +88,13 @@ def multiply_gated(
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
 ) -> BFloat16[Array, "rows half"]:
-    """`multiply`, then SwiGLU of it in the kernel: gate and up never go through memory.
+    """SwiGLU of the product, in the kernel: gate and up never go through memory.
 
     Raises:
         ConfigError: as `multiply`.
     """
     tiles = dataclasses.replace(_tiles_here(x, row_scales, values), splits=1)
-    return run(x, row_scales, values, scales, tiles, gated=True, interpret=False)
+    return run(x, row_scales, values, scales, None, tiles, gated=True, interpret=False)
 
 
 def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:
@@ -107,6 +110,7 @@ def run(
     row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
+    residual: Float[Array, "rows out"] | None,
     tiles: DotTiles,
     *,
     gated: bool,
@@ -123,23 +127,31 @@ def run(
     missing = -rows % tiles.rows
     if missing:  # of the activations, which are small; the weight is never copied
         x, row_scales = (jnp.pad(array, ((0, missing), (0, 0))) for array in (x, row_scales))
+    # A part of a sum can be neither rounded nor added to what is there.
+    inside = () if residual is None or tiles.splits > 1 else (residual,)
+    dtype = jnp.dtype(jnp.bfloat16) if gated else inside[0].dtype if inside else jnp.dtype(jnp.float32)
     partial = pallas.pallas_call(
         functools.partial(integer_dot_kernel, tiles=tiles, gated=gated),
         # Programs that start together read the same weights.
         grid=(x.shape[0] // tiles.rows, out // tiles.out, tiles.splits),
-        out_shape=jax.ShapeDtypeStruct(
-            (tiles.splits, rows, out // 2 if gated else out), jnp.bfloat16 if gated else jnp.float32
-        ),
+        out_shape=jax.ShapeDtypeStruct((tiles.splits, rows, out // 2 if gated else out), dtype),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
-    )(x, row_scales, values, scales)
-    return partial[0] if tiles.splits == 1 else jnp.sum(partial, axis=0)
+    )(x, row_scales, values, scales, *inside)
+    return partial[0] if tiles.splits == 1 else add_product(residual, jnp.sum(partial, axis=0))
 
 
 def integer_dot_kernel(
-    x_ref: Any, row_scales_ref: Any, values_ref: Any, scales_ref: Any, out_ref: Any, *, tiles: DotTiles, gated: bool
+    x_ref: Any,
+    row_scales_ref: Any,
+    values_ref: Any,
+    scales_ref: Any,
+    *residual_and_out: Any,
+    tiles: DotTiles,
+    gated: bool,
 ) -> None:
     """The kernel: one tile of outputs, over one part of the contraction. Profilers show its name."""
+    *residual_ref, out_ref = residual_and_out
     # Gated, a tile is half gate and half up.
     width = tiles.out // 2 if gated else tiles.out
     row_tile, out_tile, split = (pallas.program_id(axis) for axis in range(3))
@@ -190,12 +202,15 @@ def integer_dot_kernel(
     column = out_tile * width + jnp.arange(width, dtype=jnp.int32)
     if gated:
         gate, up = jnp.split(scaled, 2, axis=1)
-        scaled = (gate / (1.0 + jnp.exp(-gate)) * up).astype(out_ref.dtype)
-    place = out_ref.at[split, row[:, None], column[None, :]]
+        scaled = gate / (1.0 + jnp.exp(-gate)) * up
+    mask = None
     if out_ref.shape[1] % tiles.rows:
-        triton.store(place, scaled, mask=jnp.broadcast_to((row < out_ref.shape[1])[:, None], scaled.shape))
-    else:
-        triton.store(place, scaled)
+        mask = jnp.broadcast_to((row < out_ref.shape[1])[:, None], scaled.shape)
+    if residual_ref:
+        there = triton.load(residual_ref[0].at[row[:, None], column[None, :]], mask=mask)
+        # As `quantization.add_product`. A sum of two bfloat16 in float32 is rounded as one in bfloat16 would be.
+        scaled = there.astype(jnp.float32) + scaled.astype(there.dtype).astype(jnp.float32)
+    triton.store(out_ref.at[split, row[:, None], column[None, :]], scaled.astype(out_ref.dtype), mask=mask)
 
 
 def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks: int = 1) -> DotTiles:
@@ -215,29 +230,29 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks:
     if tiles is None:
         tiles = _measured(capability, rows, out, contraction, 1) or usual_tiles(capability, rows, out, contraction)
         if blocks > 1:
-            tiles = _for_blocks(tiles, contraction // blocks)
+            tiles = _for_blocks(tiles, contraction // blocks, blocks)
     check_tiles(tiles, out, contraction, blocks)
     return tiles
 
 
 def _measured(capability: int, rows: int, out: int, contraction: int, blocks: int) -> DotTiles | None:
-    measured = _measured_tiles().get((capability, out, contraction, blocks), {})
+    measured = measured_tiles().get((capability, out, contraction, blocks), {})
     bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
     return None if bound is None else measured[bound]
 
 
-def _for_blocks(tiles: DotTiles, block: int) -> DotTiles:
+def _for_blocks(tiles: DotTiles, block: int, blocks: int) -> DotTiles:
     """The tiles that a dot with several scales a row takes instead: parts and steps that end where blocks do.
 
     It has two sums, and twice the warps to hold them.
     """
     depth = min(tiles.contracted, _power_of_two_in(block))
-    splits = tiles.splits if tiles.splits * depth <= block else 1
+    splits = max(n for n in range(1, tiles.splits + 1) if blocks % n == 0)
     return dataclasses.replace(tiles, contracted=depth, splits=splits, warps=min(8, 2 * tiles.warps))
 
 
 @functools.cache
-def _measured_tiles() -> dict[tuple[int, int, int, int], dict[int, DotTiles]]:
+def measured_tiles() -> dict[tuple[int, int, int, int], dict[int, DotTiles]]:
     """(compute capability, outputs, contraction, blocks) -> the most rows that tiles were chosen for -> tiles."""
     table: dict[tuple[int, int, int, int], dict[int, DotTiles]] = {}
     for entry in json.loads(resources.files(__package__).joinpath("integer_dot_tiles.json").read_text()):
@@ -287,9 +302,11 @@ def check_tiles(tiles: DotTiles, out: int, contraction: int, blocks: int = 1) ->
         ConfigError: it is so.
     """
     fits = out % tiles.out == 0 and contraction % (tiles.contracted * tiles.splits) == 0
-    fits &= contraction // blocks % tiles.contracted == 0
+    # Sums are scaled where a block ends, so a part that ended inside one would lose what it has added since.
+    fits &= contraction // blocks % tiles.contracted == 0 and (blocks == 1 or blocks % tiles.splits == 0)
     if not fits or tiles.out < _LEAST_OUT or tiles.contracted < _LEAST_IN:
         raise ConfigError(
-            f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}; found "
-            f"[{out}, {contraction}] with {tiles}; {_INSTEAD}"
+            f"{_NAME} takes weights whose outputs divide by {_LEAST_OUT} and whose inputs divide by {_LEAST_IN}, in "
+            f"tiles that divide both and end where blocks of scales do; found [{out}, {contraction}], {blocks} "
+            f"block(s) of scales and {tiles}; {_INSTEAD}"
         )

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float32, Int8
+from jaxtyping import Array, BFloat16, Float, Float32, Int8
 
-from elastic_jax.quantization import IntegerDot, quantize_8bit, swiglu
+from elastic_jax.quantization import IntegerDot, add_product, quantize_8bit, swiglu
 
 
 def multiply_gated(
@@ -13,8 +13,8 @@ def multiply_gated(
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
 ) -> BFloat16[Array, "rows half"]:
-    """`multiply`, then SwiGLU of it, rounded to bfloat16."""
-    return swiglu(multiply(x, row_scales, values, scales)).astype(jnp.bfloat16)
+    """SwiGLU of the product, rounded to bfloat16."""
+    return swiglu(multiply(x, row_scales, values, scales, None)).astype(jnp.bfloat16)
 
 
 def multiply(
@@ -22,11 +22,12 @@ def multiply(
     row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
-) -> Float32[Array, "rows out"]:
-    """`(x * row_scales) @ (values * scales).T`, with exact integer sums in each block of columns.
+    residual: Float[Array, "rows out"] | None,
+) -> Float[Array, "rows out"]:
+    """`(x * row_scales) @ (values * scales).T`, with exact integer sums in each block of columns, added to `residual`.
 
     Column `b` of `row_scales` is for the b-th of `blocks` equally long runs of columns of `x`. The blocks' sums are
-    added in float32, in order.
+    added in float32, in order. `add_product` says how the product is added.
     """
     blocks = row_scales.shape[1]
     size = x.shape[1] // blocks
@@ -41,7 +42,7 @@ def multiply(
     total = block_sum(0)
     for block in range(1, blocks):
         total = total + block_sum(block)
-    return total * scales[:, 0][None, :]
+    return add_product(residual, total * scales[:, 0][None, :])
 
 
 IMPLEMENTATION = IntegerDot(multiply, multiply_gated, quantize_8bit)

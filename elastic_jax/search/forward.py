@@ -22,7 +22,8 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
-from elastic_jax.model import MLP, RMSNorm, SelfAttention, rotation
+from elastic_jax.model import MLP, SelfAttention, rotation
+from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import Choice, Plan, provisional_plans, stored_precision
 from elastic_jax.quantization import QArray
 from elastic_jax.weights import PROMPT_ACTIVATIONS, Weights, load_weights
@@ -231,19 +232,28 @@ def _half(
         # As of a prompt, whatever role the products have: every position is computed at once.
         return kernels.attention(names[0])(query, kv, dataclasses.replace(batch, generated=0))
 
-    def dot(x: Array, weight: Any, *, generated: int, gated: bool = False) -> Array:
+    def dot(
+        x: Array,
+        weight: Any,
+        *,
+        generated: int,
+        norm: RMSNorm | None = None,
+        gated: bool = False,
+        residual: Array | None = None,
+    ) -> Array:
+        x = x if norm is None else norm(x)
         captured.append(x.astype(jnp.float32))
-        return named_dot(x, weight, generated=generated, gated=gated)
+        return named_dot(x, weight, generated=generated, gated=gated, residual=residual)
 
-    normed = RMSNorm(weights[_HALVES[half][0]], config.rms_norm_eps)(x)
+    norm = RMSNorm(weights[_HALVES[half][0]], config.rms_norm_eps)
     if half == "attention":
         slots = batch.block_table.size * _PAGE
         cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.float32)
         angles = rotation(batch.position, config.head_dim, config.rope_theta)
-        added, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(normed, angles, cache, batch)
+        x, _ = SelfAttention(config, weights["qkv"], weights["o"], attention, dot)(x, norm, angles, cache, batch)
     else:
-        added = MLP(weights["gate_up"], weights["down"], dot)(normed, generated=batch.generated)
-    return x + added, tuple(captured) if capture else ()
+        x = MLP(weights["gate_up"], weights["down"], dot)(x, norm, generated=batch.generated)
+    return x, tuple(captured) if capture else ()
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "name"))

@@ -1,4 +1,4 @@
-"""What needs no GPU: sizes, the committed library, what is refused. `benches/decode.py` checks the results on one."""
+"""Sizes, the committed library, what is refused; on a GPU, the results (`benches/decode.py` has the full size)."""
 
 import ctypes
 import dataclasses
@@ -6,14 +6,18 @@ import hashlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import MISTRAL_SMALL
 
 from elastic_jax import kernels
+from elastic_jax.batch import TokenBatch
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels import decode_cuda
+from elastic_jax.model import Mistral
 from elastic_jax.plan import provisional_plans
+from elastic_jax.quantization import QArray
 from elastic_jax.weights import abstract_weights
 
 SHARED = {90: 232448, 80: 166912, 89: 101376}
@@ -27,8 +31,9 @@ def weight_of(mode, group):
 
 def needed(weight, tokens, tiles):
     """Shared memory by the layout in products.cuh: ring, sums, scales, packed activations."""
-    ring = 16 * tiles.depth * tiles.row_tiles * 8 * 64
-    sums = 16 * tiles.row_tiles * 8 * tokens * 4
+    warps = 8 if isinstance(weight, QArray) and tokens > 8 else 16
+    ring = warps * tiles.depth * tiles.row_tiles * 8 * 64
+    sums = (2 if tokens <= 8 else 1) * warps * tiles.row_tiles * 8 * tokens * 4
     octet = min(tokens, 8)
     padded = octet * -(-tokens // octet) if tokens > 8 else octet
     return ring + sums + 128 + 2 * padded * weight.shape[1] // tiles.parts
@@ -74,7 +79,7 @@ def test_cuda_12_is_refused(monkeypatch):
         decode_cuda.check_model(MISTRAL_SMALL)
 
 
-def testmeasured_tiles_are_for_weights_of_mistral_small():
+def test_measured_tiles_are_for_weights_of_mistral_small():
     shapes = {(group.out_size, group.in_size) for group in model_groups(MISTRAL_SMALL).values()}
     table = decode_cuda.measured_tiles()
     assert table
@@ -85,8 +90,8 @@ def testmeasured_tiles_are_for_weights_of_mistral_small():
 
 def test_scratch_memory_follows_the_kernels_order():
     config = MISTRAL_SMALL
-    tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
-    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 4 * 5120, 4 * 32768, 1024]
+    tiles = (decode_cuda.ProductTiles(2, 6, 1, 64),) * 4
+    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 32, 4 * 5120, 4 * 32768, 1024]
     expected = sum(-(-size // 256) * 256 for size in sizes)
     assert decode_cuda.scratch_bytes(config, 1, 16, tiles) == expected
 
@@ -94,7 +99,7 @@ def test_scratch_memory_follows_the_kernels_order():
 def test_the_committed_library_is_built_from_the_committed_sources():
     folder = decode_cuda.library_path().parent
     digest = hashlib.sha256()
-    for name in ("decode.cu", "activations.cuh", "attention.cuh", "products.cuh"):
+    for name in ("decode.cu", "layer.cuh", "activations.cuh", "attention.cuh", "products.cuh", "packing.cuh"):
         digest.update((folder / name).read_bytes())
     stored = (ctypes.c_char * 64).in_dll(ctypes.CDLL(str(decode_cuda.library_path())), "ElasticDecodeSources")
     assert stored.value.decode() == digest.hexdigest(), "run elastic_jax/kernels/cuda/build.sh (or make kernels)"
@@ -124,3 +129,74 @@ def test_other_devices_are_refused():
     weight = weight_of("S", "lm_head")
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         jax.eval_shape(lambda: decode_cuda.takes_head(weight, 1) and jnp.zeros(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["S", "XL"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (6, 2, 64)])
+def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, dim):
+    config = dataclasses.replace(
+        MISTRAL_SMALL,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_layers=2,
+        vocab_size=4096,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dim,
+    )
+    weights = random_weights(config, mode)
+    rng = np.random.default_rng(tokens)
+    page, pages, row = 16, 20, np.arange(tokens, dtype=np.int32)
+    context = rng.integers(1, page * pages, tokens).astype(np.int32)
+    table = rng.permutation(tokens * pages).reshape(tokens, pages).astype(np.int32)
+    slot = table[row, (context - 1) // page] * page + (context - 1) % page
+    batch = TokenBatch(
+        row=jnp.asarray(row),
+        position=jnp.asarray(context - 1),
+        slot=jnp.asarray(slot),
+        block_table=jnp.asarray(table),
+        context_length=jnp.asarray(context),
+        generated=tokens,
+        page_size=page,
+    )
+    shape = tokens * pages * page, 2, kv_heads, dim
+    kv = tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(config.num_layers))
+    token = jnp.asarray(rng.integers(0, config.vocab_size, tokens), jnp.int32)
+
+    def run(decode):
+        model = Mistral(
+            config,
+            weights,
+            attention=kernels.attention("xla"),
+            dot=kernels.dot("xla"),
+            decode=kernels.decode(decode),
+            dtype=jnp.dtype("bfloat16"),
+        )
+
+        def step(token, kv, batch):
+            x, kv = model(token, kv, batch)
+            return x, model.logits(x), kv
+
+        return jax.jit(step)(token, kv, batch)
+
+    found, expected = run("cuda"), run("xla")
+    for mine, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        mine, reference = np.asarray(mine, np.float64), np.asarray(reference, np.float64)
+        assert np.linalg.norm(mine - reference) <= 0.01 * np.linalg.norm(reference)
+
+
+def random_weights(config, mode):
+    leaves, tree = jax.tree.flatten(abstract_weights(config, provisional_plans(config)[mode], "bfloat16"))
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        if leaf.dtype == jnp.int8:
+            return jnp.asarray(rng.integers(-127, 128, leaf.shape), jnp.int8)
+        if leaf.shape[-1] == 1:
+            return jnp.asarray(rng.uniform(1, 2, leaf.shape) / 73 / 25, jnp.float32)
+        spread = 1.0 if len(leaf.shape) == 1 else 0.04
+        return jnp.asarray(rng.standard_normal(leaf.shape) * spread, leaf.dtype)
+
+    return jax.tree.unflatten(tree, [draw(leaf) for leaf in leaves])

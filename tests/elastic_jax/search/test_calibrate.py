@@ -5,7 +5,7 @@ import pytest
 from elastic_jax import kernels
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import CheckpointError
-from elastic_jax.model import RMSNorm
+from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import provisional_plans
 from elastic_jax.search.calibrate import calibrate
 from elastic_jax.search.forward import Forward
