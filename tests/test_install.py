@@ -135,7 +135,7 @@ def test_its_steps_run(name: str, tmp_path: Path) -> None:
             uv = tmp_path / "pip" / "bin" / "uv"
         elif rest.startswith("uv sync"):
             assert uv is not None
-            variables["UV_PROJECT_ENVIRONMENT"] = str(environment)
+            variables |= {"UV_PROJECT_ENVIRONMENT": str(environment), "UV_PYTHON": sys.executable}
             dry = " --dry-run" if name == "Dockerfile.cuda" else ""
             script = f"{shlex.quote(str(uv))} {rest.removeprefix('uv ')}{dry}"
             done = subprocess.run(
