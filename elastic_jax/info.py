@@ -8,7 +8,7 @@ from aot_cache.manifest import read_manifest
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ElasticError
 from elastic_jax.executables import store_folders
-from elastic_jax.hub_id import is_remote
+from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.memory import gib
 
 
@@ -18,22 +18,26 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    return _describe(Checkpoint.open(path), str(path))
+    return describe_opened(Checkpoint.open(path), str(path))
 
 
-def describe_remote(repository: str, *, revision: str | None, token: str | None) -> dict[str, Any]:
-    """The same of a checkpoint on the Hub, of which no weights and no executables are fetched.
+def open_described(name: str, *, revision: str | None, token: str | None) -> Checkpoint:
+    """A checkpoint to be described: a folder, or one on the Hub, of which no weights and no executables are fetched.
 
     Raises:
         HubError: the repository cannot be had.
-        CheckpointError: it is no Elastic checkpoint.
+        CheckpointError: there is no complete Elastic checkpoint, or a revision was asked for of a folder.
     """
+    if not is_remote(name):
+        refuse_revision(name, revision)
+        return Checkpoint.open(Path(name))
     from elastic_jax.hub_load import fetch_description  # the Hub's client takes long to import
 
-    return _describe(fetch_description(repository, revision=revision, token=token), repository)
+    return fetch_description(name, revision=revision, token=token)
 
 
-def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def describe_opened(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What `describe` gives, of a checkpoint that is open, under its own name."""
     modes = []
     for plan in checkpoint.plans().values():
         try:
