@@ -1,7 +1,10 @@
 """Named implementations. Asking for one by name fails loudly where it does not exist; nothing falls back."""
 
 import functools
+import importlib.util
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array
@@ -15,6 +18,8 @@ from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import IntegerDot
 from elastic_jax.quantization import dot as quantized_dot
 from elastic_jax.step import ComputeDtype
+
+_MOSAIC_RUNTIME = "MOSAIC_GPU_RUNTIME_LIB_PATH"
 
 
 def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
@@ -98,10 +103,19 @@ def prepare_to_load(decode: str) -> None:
     Raises:
         ConfigError: a library cannot be loaded here.
     """
+    _find_mosaic_runtime()
     if decode == "cuda":
         from elastic_jax.kernels import decode_cuda
 
         decode_cuda.register()
+
+
+def _find_mosaic_runtime() -> None:
+    # JAX sets this when Pallas's Mosaic backend is imported, which those who only run executables need not do.
+    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
+        spec = importlib.util.find_spec(plugin)
+        if spec is not None and spec.origin is not None:
+            os.environ.setdefault(_MOSAIC_RUNTIME, str(Path(spec.origin).with_name("libmosaic_gpu_runtime.so")))
 
 
 def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tuple[str, str, str]:

@@ -22,11 +22,12 @@ CAPABILITY = 90
 _WARPGROUPS = 2
 """That multiply; each has its own rows of a tile."""
 
-_DEPTH = 128
-"""Length of the contraction that is fetched at once: 128 bytes, the widest rows that shared memory swizzles."""
+_SWIZZLE = 128
+"""Bytes: the widest rows that shared memory swizzles."""
 
-_STORED = 128
-"""Bytes of a row that are stored at once, for the same reason."""
+
+_LEAST_ROWS = 512
+"""Rows from which on the kernel is used: with fewer, tiles of its size leave multiprocessors idle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,8 @@ class HopperTiles:
     Attributes:
         rows: rows of a tile.
         out: outputs of a tile; with a gate, half of them are gates.
+        contracted: length of the contraction that is fetched at once. With scales of blocks, its products' sums are
+            scaled, so that it divides a block.
         stages: fetches in flight.
         together: tiles of rows that are walked for one tile of outputs after the other, for the L2 cache's sake.
         programs: the device's multiprocessors.
@@ -43,15 +46,24 @@ class HopperTiles:
 
     rows: int
     out: int
+    contracted: int
     stages: int
     together: int
     programs: int
 
 
+# As many fetches as fit into shared memory beside what is stored.
+_WHOLE = (HopperTiles(128, 256, 128, 4, 8, 0), HopperTiles(128, 128, 128, 5, 8, 0))
+_BLOCKED = (HopperTiles(128, 128, 256, 3, 8, 0),)
+
+_BESIDE = 32
+"""Outputs that take as long as all that a tile of any width takes beside its outputs."""
+
+
 @functools.partial(jax.jit, static_argnames=("tiles", "gated", "interpret"))
 def run(
     x: Int8[Array, "rows in"],
-    row_scales: Float32[Array, "rows 1"],
+    row_scales: Float32[Array, "rows blocks"],
     values: Int8[Array, "out in"],
     scales: Float32[Array, "out 1"],
     residual: Float[Array, "rows out"] | None,
@@ -60,12 +72,27 @@ def run(
     gated: bool,
     interpret: Any = False,
 ) -> Float[Array, "rows columns"]:
-    """`integer_dot_pallas.multiply` or `multiply_gated`."""
+    """`integer_dot_pallas.multiply` or `multiply_gated`, by this kernel.
+
+    Args:
+        x: rows of int8.
+        row_scales: their scales.
+        values: the weight.
+        scales: its scales.
+        residual: as in `multiply`.
+        tiles: sizes of the kernel, which divide those of the weight.
+        gated: whether to gate.
+        interpret: what Pallas calls so; for tests.
+    """
     rows, out = x.shape[0], values.shape[0]
     dtype = jnp.bfloat16 if gated else jnp.float32 if residual is None else residual.dtype
+    missing = -rows % tiles.rows
+    if missing:  # of the activations, which are small; the weight is never copied
+        x, row_scales = (jnp.pad(array, ((0, missing), (0, 0))) for array in (x, row_scales))
+        residual = None if residual is None else jnp.pad(residual, ((0, missing), (0, 0)))
     kernel = mosaic_gpu.kernel(
         functools.partial(integer_dot_hopper_kernel, tiles=tiles, gated=gated),
-        out_type=jax.ShapeDtypeStruct((rows, out // 2 if gated else out), dtype),
+        out_type=jax.ShapeDtypeStruct((rows + missing, out // 2 if gated else out), dtype),
         grid=(tiles.programs,),
         grid_names=("program",),
         num_threads=_WARPGROUPS + 1,
@@ -73,7 +100,34 @@ def run(
         compiler_params=mosaic_gpu.CompilerParams(lowering_semantics=mosaic_gpu.LoweringSemantics.Lane),
         interpret=interpret,
     )
-    return kernel(x, row_scales[:, 0], values, scales[:, 0], *(() if residual is None else (residual,)))
+    found = kernel(x, row_scales.T, values, scales[:, 0], *(() if residual is None else (residual,)))
+    return found[:rows] if missing else found
+
+
+def choose_tiles(
+    capability: int, programs: int, rows: int, out: int, contraction: int, blocks: int
+) -> HopperTiles | None:
+    """Sizes of the kernel for a product, or None where it is not for it: another GPU, few rows, odd sizes.
+
+    Args:
+        capability: the GPU's compute capability, ten times its number.
+        programs: its multiprocessors.
+        rows: rows of activations.
+        out: outputs.
+        contraction: length of the contraction.
+        blocks: scales a row, for equal parts of the contraction.
+    """
+    kinds = _WHOLE if blocks == 1 else _BLOCKED
+    fitting = [k for k in kinds if out % k.out == 0 and contraction // blocks % k.contracted == 0]
+    if capability != CAPABILITY or rows < _LEAST_ROWS or not fitting:
+        return None
+
+    def cost(tiles: HopperTiles) -> int:
+        """Rounds that the programs go through, times how long one is."""
+        number = -(-rows // tiles.rows) * (out // tiles.out)
+        return -(-number // programs) * (tiles.out + _BESIDE)
+
+    return dataclasses.replace(min(fitting, key=cost), programs=programs)
 
 
 def integer_dot_hopper_kernel(
@@ -92,23 +146,26 @@ def integer_dot_hopper_kernel(
     parts = 2 if gated else 1
     width = tiles.out // parts
     apart = values_ref.shape[0] // 2
+    blocks = row_scales_ref.shape[0]
+    # Products of a step may run into the next one, unless their sums are wanted.
+    delayed = 1 if blocks == 1 else 0
     row_tiles, out_tiles = x_ref.shape[0] // tiles.rows, values_ref.shape[0] // tiles.out
-    operand = (mosaic_gpu.TilingTransform((8, _DEPTH)), mosaic_gpu.SwizzleTransform(_DEPTH))
-    stored = _STORED // out_ref.dtype.itemsize
+    operand = (mosaic_gpu.TilingTransform((8, _SWIZZLE)), mosaic_gpu.SwizzleTransform(_SWIZZLE))
+    stored = _SWIZZLE // out_ref.dtype.itemsize
 
     def pipeline(body: Any, context: Any) -> Any:
         def fetched(size: int) -> Any:
             return mosaic_gpu.BlockSpec(
-                (size, _DEPTH),
+                (size, tiles.contracted),
                 lambda step: (0, step),
                 transforms=operand,
                 memory_space=mosaic_gpu.SMEM,
-                delay_release=1,
+                delay_release=delayed,
             )
 
         return mosaic_gpu.emit_pipeline_warp_specialized(
             body,
-            grid=(x_ref.shape[1] // _DEPTH,),
+            grid=(x_ref.shape[1] // tiles.contracted,),
             memory_registers=40,
             in_specs=[fetched(tiles.rows), *[fetched(width)] * parts],
             wg_axis="warpgroup",
@@ -127,7 +184,7 @@ def integer_dot_hopper_kernel(
         out_smem=mosaic_gpu.SMEM(
             (_WARPGROUPS, 2, height, stored),
             out_ref.dtype,
-            transforms=(mosaic_gpu.TilingTransform((8, stored)), mosaic_gpu.SwizzleTransform(_STORED)),
+            transforms=(mosaic_gpu.TilingTransform((8, stored)), mosaic_gpu.SwizzleTransform(_SWIZZLE)),
         ),
         collective_axes="warpgroup",
     )
@@ -142,24 +199,29 @@ def integer_dot_hopper_kernel(
 
             layout = mosaic_gpu.Layout.WGMMA
 
-            def scaled(sums: Array, of_rows: Array, first: Array) -> Array:
-                of_outs = mosaic_gpu.load(
-                    scales_ref.at[pallas.ds(first, stored)], layout=layout.reduce(0), optimized=False
-                )
-                found = sums.astype(jnp.float32) * jax.lax.broadcast_in_dim(of_rows, sums.shape, (0,))
-                return found * jax.lax.broadcast_in_dim(of_outs, sums.shape, (1,))
+            def row_scale(block: Any) -> Array:
+                place = row_scales_ref.at[block, pallas.ds(row, height)]
+                return mosaic_gpu.load(place, layout=layout.reduce(1), optimized=False)
 
-            def store(sums: list[Array]) -> None:
-                of_rows = mosaic_gpu.load(
-                    row_scales_ref.at[pallas.ds(row, height)], layout=layout.reduce(1), optimized=False
-                )
+            def of_rows(sums: Array, scale: Array) -> Array:
+                return sums.astype(jnp.float32) * jax.lax.broadcast_in_dim(scale, sums.shape, (0,))
+
+            def of_outs(sums: Array, first: Array) -> Array:
+                place = scales_ref.at[pallas.ds(first, stored)]
+                scale = mosaic_gpu.load(place, layout=layout.reduce(0), optimized=False)
+                return sums * jax.lax.broadcast_in_dim(scale, sums.shape, (1,))
+
+            def store(totals: list[Array]) -> None:
+                scale = row_scale(0) if blocks == 1 else None
                 for piece in range(width // stored):  # of the whole, there would be too many registers
                     columns, first = slice(piece * stored, (piece + 1) * stored), column + piece * stored
                     place = pallas.ds(row, height), pallas.ds(first, stored)
-                    found = scaled(sums[0][:, columns], of_rows, first)
+                    parted = [total[:, columns] for total in totals]
+                    if scale is not None:
+                        parted = [of_rows(part, scale) for part in parted]
+                    found = of_outs(parted[0], first)
                     if gated:
-                        up = scaled(sums[1][:, columns], of_rows, apart + first)
-                        found = found / (1.0 + jnp.exp(-found)) * up
+                        found = found / (1.0 + jnp.exp(-found)) * of_outs(parted[1], apart + first)
                     if residual_ref:
                         there = mosaic_gpu.load(residual_ref[0].at[place], layout=layout, optimized=False)
                         # As `quantization.add_product`; see the other kernel.
@@ -170,22 +232,42 @@ def integer_dot_hopper_kernel(
                     mosaic_gpu.commit_smem()
                     mosaic_gpu.copy_smem_to_gmem(buffer, out_ref.at[place])
 
-            def context(evaluate: Any) -> None:
-                @functools.partial(pallas.run_scoped, sums=[mosaic_gpu.ACC((height, width), jnp.int32)] * parts)
+            accumulators = [mosaic_gpu.ACC((height, width), jnp.int32)] * parts
+
+            def multiply(sums: Any, x_smem: Any, values_smem: Any) -> None:
+                mine = x_smem.at[pallas.ds(warpgroup * height, height)]
+                for total, part in zip(sums, values_smem, strict=True):
+                    mosaic_gpu.wgmma(total, mine, part.transpose((1, 0)))
+
+            def whole(evaluate: Any) -> None:
+                @functools.partial(pallas.run_scoped, sums=accumulators)
                 def _(sums: Any) -> None:
                     evaluate(tuple(sums))
                     store([each[...] for each in sums])
 
-            def each_step(_: Any, x_smem: Any, *operands: Any) -> Any:
+            def whole_step(_: Any, x_smem: Any, *operands: Any) -> Any:
                 *values_smem, sums = operands
-                mine = x_smem.at[pallas.ds(warpgroup * height, height)]
-                for total, part in zip(sums, values_smem, strict=True):
-                    mosaic_gpu.wgmma(total, mine, mosaic_gpu.transpose_ref(part, (1, 0)))
+                multiply(sums, x_smem, values_smem)
                 mosaic_gpu.wgmma_wait(parts)  # for the step before
                 return sums
 
+            def blocked(evaluate: Any) -> None:
+                zeros = mosaic_gpu.layout_cast(jnp.zeros((height, width), jnp.float32), layout)
+                store(list(evaluate((zeros,) * parts)))
+
+            def blocked_step(index: Any, x_smem: Any, *operands: Any) -> Any:
+                *values_smem, totals = operands
+                scale = row_scale(index[0] // (x_ref.shape[1] // blocks // tiles.contracted))
+
+                @functools.partial(pallas.run_scoped, sums=accumulators)
+                def added(sums: Any) -> tuple[Array, ...]:
+                    multiply(sums, x_smem, values_smem)
+                    return tuple(each[...] for each in sums)
+
+                return tuple(total + of_rows(each, scale) for total, each in zip(totals, added, strict=True))
+
             weights = [values_ref.at[pallas.ds(part * apart + column, width), :] for part in range(parts)]
-            pipeline(each_step, context)(
+            pipeline(*((whole_step, whole) if blocks == 1 else (blocked_step, blocked)))(
                 x_ref.at[pallas.ds(row_tile * tiles.rows, tiles.rows), :], *weights, allocations=allocations
             )
 

@@ -22,7 +22,9 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int8
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability
+from elastic_jax.kernels import integer_dot_hopper
+from elastic_jax.kernels.integer_dot_hopper import HopperTiles
+from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability, multiprocessors
 from elastic_jax.quantization import add_product
 
 _NAME = "the integer dot called 'pallas'"
@@ -78,6 +80,9 @@ def multiply(
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
             divide into its tiles.
     """
+    hopper = _hopper_tiles_here(x, row_scales, values)
+    if hopper is not None:
+        return integer_dot_hopper.run(x, row_scales, values, scales, residual, hopper, gated=False)
     tiles = _tiles_here(x, row_scales, values)
     return run(x, row_scales, values, scales, residual, tiles, gated=False, interpret=False)
 
@@ -93,8 +98,18 @@ def multiply_gated(
     Raises:
         ConfigError: as `multiply`.
     """
+    hopper = _hopper_tiles_here(x, row_scales, values)
+    if hopper is not None:
+        return integer_dot_hopper.run(x, row_scales, values, scales, None, hopper, gated=True)
     tiles = dataclasses.replace(_tiles_here(x, row_scales, values), splits=1)
     return run(x, row_scales, values, scales, None, tiles, gated=True, interpret=False)
+
+
+def _hopper_tiles_here(x: Array, row_scales: Array, values: Array) -> HopperTiles | None:
+    capability = compute_capability(_NAME, _INSTEAD)
+    return integer_dot_hopper.choose_tiles(
+        capability, multiprocessors(), x.shape[0], *values.shape, row_scales.shape[1]
+    )
 
 
 def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:
