@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas
-from jax.experimental.pallas import mosaic_gpu
+from jax.experimental.pallas import mosaic_gpu as typed_mosaic_gpu
 from jaxtyping import Array, Float, Float32, Int8
+
+mosaic_gpu: Any = typed_mosaic_gpu  # Its annotations miss some of what it exports and implements.
 
 CAPABILITY = 90
 """The one compute capability that has these instructions."""

@@ -106,10 +106,10 @@ def multiply_gated(
 
 
 def _hopper_tiles_here(x: Array, row_scales: Array, values: Array) -> HopperTiles | None:
+    out, contraction = values.shape
     capability = compute_capability(_NAME, _INSTEAD)
-    return integer_dot_hopper.choose_tiles(
-        capability, multiprocessors(), x.shape[0], *values.shape, row_scales.shape[1]
-    )
+    blocks = row_scales.shape[1]
+    return integer_dot_hopper.choose_tiles(capability, multiprocessors(), x.shape[0], out, contraction, blocks)
 
 
 def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:
