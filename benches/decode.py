@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from environment import report
 from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
+from tiles import write_tiles
 
 from elastic_jax.executables import default_step_config
 from elastic_jax.groups import model_groups
@@ -45,13 +46,27 @@ def step_config(config: Any, tokens: int, context: int, decode: str) -> StepConf
 
 
 class Step:
-    """One compiled greedy step with everything it takes."""
+    """One compiled step with everything it takes.
 
-    def __init__(self, config: Any, mode: str, tokens: int, context: int, decode: str, weights: Any) -> None:
+    Attributes:
+        sampling: of the variant `sampling`, how rows sample: flat `SamplingInputs`; empty of the variant `greedy`.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        mode: str,
+        tokens: int,
+        context: int,
+        decode: str,
+        weights: Any,
+        sampling: tuple[Any, ...] = (),
+        chooser: str = "cuda",
+    ) -> None:
         plan = provisional_plans(config)[mode]
-        self.step = step_config(config, tokens, context, decode)
+        self.step = dataclasses.replace(step_config(config, tokens, context, decode), sampling=chooser)
         units = {unit.name: unit for unit in make_units(config, plan, self.step)}
-        unit = units[step_name(Bucket(tokens, 0), "greedy")]
+        unit = units[step_name(Bucket(tokens, 0), "sampling" if sampling else "greedy")]
         leaves, _, _ = flatten(build_model(config, weights, self.step))
         self.weights = leaves
         self.tokens = tokens
@@ -65,7 +80,7 @@ class Step:
         slot = (table[:, context // PAGE] * PAGE + context % PAGE).astype(np.int32)
         none = np.zeros(0, np.int32)
         inputs = (none, none, row, slot, table, np.full(tokens, context + 1, np.int32), row)
-        self.inputs = [jax.device_put(x) for x in inputs]
+        self.inputs = [jax.device_put(x) for x in (*inputs, *sampling)]
         self.slot = slot
         self.shapes = [unit.arguments[i] for i in unit.donate]
         self.context = context
@@ -280,7 +295,7 @@ def main() -> None:
             for tokens in arguments.tune:
                 tuned += tune(short, mode, weights, tokens, arguments.contexts[0], arguments.steps)
             if arguments.tiles:
-                arguments.tiles.write_text(json.dumps(tuned, indent=1) + "\n")
+                write_tiles(arguments.tiles, tuned)
         weights = draw(config, mode)
         for tokens in arguments.tokens:
             for context in arguments.contexts:

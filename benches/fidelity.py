@@ -8,6 +8,8 @@ differs.
 Quantized modes are measured twice: with all tokens in the prompt's arithmetic, and with all in the generated tokens'
 (the products of a generated token; attention is the same). Tracing and compiling are allowed here.
 
+With `--kv int8` keys and values are rounded as a KV cache in int8 does; not those of the reference.
+
 It does not measure tasks; a small distance proposes a plan and certifies nothing.
 
     uv run python benches/fidelity.py CHECKPOINT --text FILE --tokens 8192 --out benches/results/<device>/fidelity.json
@@ -32,6 +34,7 @@ from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.executables import default_compiler_options
+from elastic_jax.kv_cache import KvPrecision, abstract_cache
 from elastic_jax.model import Mistral
 from elastic_jax.plan import MODES, Plan
 from elastic_jax.tokenizer import Tokenizer
@@ -43,7 +46,9 @@ PAGE = 64
 type LogProbabilities = Callable[[np.ndarray], Any]
 
 
-def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, window: int) -> LogProbabilities:
+def compile_mode(
+    checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, window: int, kv: KvPrecision
+) -> LogProbabilities:
     """A function from a window's tokens to the log-probabilities [window, vocab] of what follows each."""
     config = checkpoint.config
     device = jax.devices()[0]
@@ -56,7 +61,10 @@ def compile_mode(checkpoint: Checkpoint, plan: Plan, dtype: str, role: str, wind
 
     def log_probabilities(weights: Any, tokens: Any) -> Any:
         slots = -(-window // PAGE) * PAGE
-        cache = jnp.zeros((slots, 2, config.num_kv_heads, config.head_dim), jnp.dtype(dtype))
+        cache = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            abstract_cache((slots, 2, config.num_kv_heads, config.head_dim), dtype, kv),
+        )
         place = jnp.arange(window, dtype=jnp.int32)
         batch = TokenBatch(
             row=jnp.zeros(window, jnp.int32),
@@ -108,6 +116,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a text file, or JSON lines with a field `text`")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--kv", choices=["full", "int8"], default="full", help="precision of the KV cache")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
 
@@ -122,7 +131,12 @@ def main() -> None:
     variants += [(mode, "bfloat16", role) for mode in MODES for role in ("prompt", "generated")]
     variants.remove(("XL", "bfloat16", "generated"))  # XL has one arithmetic for both
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiling = [pool.submit(compile_mode, checkpoint, plans[m], d, r, arguments.window) for m, d, r in variants]
+        compiling = [
+            pool.submit(
+                compile_mode, checkpoint, plans[m], d, r, arguments.window, "full" if d == "float32" else arguments.kv
+            )
+            for m, d, r in variants
+        ]
         functions = [future.result() for future in compiling]
     references = [functions[0](window) for window in windows]
     rows: list[dict[str, Any]] = [
@@ -139,6 +153,7 @@ def main() -> None:
         "text_name": arguments.text.name,
         "tokens": sum(len(window) for window in windows),
         "window": arguments.window,
+        "kv": arguments.kv,
     }
     report(rows, facts, arguments.out)
 

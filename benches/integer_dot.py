@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from environment import report
 from random_model import MISTRAL_SMALL
+from tiles import write_tiles
 
 from elastic_jax.groups import LM_HEAD, Group, model_groups
 from elastic_jax.kernels.integer_dot_pallas import DotTiles, run, split_contraction
@@ -194,7 +195,7 @@ def main() -> None:
             }
             for case in cases
         ]
-        arguments.tiles.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+        write_tiles(arguments.tiles, entries)
     tried = [case.row(tiles) for case in cases for tiles in sorted(case.seconds, key=lambda t: case.seconds[t])]
     report([case.row(case.best()) for case in cases], {"bench": "integer_dot", "tried": tried}, arguments.out)
 

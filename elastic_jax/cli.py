@@ -27,6 +27,7 @@ from elastic_jax.cli_options import (
     DestinationArgument,
     DtypeOption,
     JsonOption,
+    KvOption,
     ModesOption,
     OnlyOption,
     OverwriteOption,
@@ -123,6 +124,7 @@ def compile_modes(
     checkpoint: CheckpointArgument,
     mode: ModesOption = None,
     dtype: DtypeOption = "bfloat16",
+    kv: KvOption = "full",
     kv_slots: Annotated[
         list[int] | None,
         typer.Option(
@@ -143,6 +145,7 @@ def compile_modes(
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.device import device_to_compile_for
     from elastic_jax.executables import ModeStore, default_step_config
+    from elastic_jax.kernels.measured import unmeasured
     from elastic_jax.memory import available_memory
     from elastic_jax.pools import default_pool
 
@@ -154,13 +157,15 @@ def compile_modes(
         opened.folders(plan)  # executables would be of no use without the weights
     platform, available = device.platform, available_memory(device)
     steps = [
-        (plan, default_step_config(opened.config, platform, dtype, kv_slots=pool, max_context=max_context))
+        (plan, default_step_config(opened.config, platform, dtype, kv_slots=pool, max_context=max_context, kv=kv))
         for plan in plans
         for pool in kv_slots
-        or [default_pool(opened, plan, dtype, platform, available=available, max_context=max_context)]
+        or [default_pool(opened, plan, dtype, platform, available=available, max_context=max_context, kv=kv)]
     ]
+    if steps and (message := unmeasured(steps[0][1], device)):
+        note(message, as_json)
     for plan, step in steps:
-        store = ModeStore(opened, plan, dtype, device)
+        store = ModeStore(opened, plan, dtype, device, kv)
 
         def progress(name: str, seconds: float | None, done: int, total: int, mode: str = plan.name) -> None:
             if seconds is not None:

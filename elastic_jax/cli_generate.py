@@ -24,6 +24,7 @@ from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
     JsonOption,
+    KvOption,
     ModeOption,
     RevisionOption,
     TokenOption,
@@ -54,6 +55,7 @@ def generate(
         bool, typer.Option("--no-compile", help="Forbid tracing and compiling, and count it.")
     ] = False,
     dtype: DtypeOption = "bfloat16",
+    kv: KvOption = "full",
     kv_slots: KvSlotsOption = None,
     max_context: MaxContextOption = None,
     revision: RevisionOption = None,
@@ -77,6 +79,7 @@ def generate(
         mode,
         on_missing=on_missing,
         dtype=dtype,
+        kv=kv,
         kv_slots=kv_slots,
         max_context=max_context,
         trust=trust,

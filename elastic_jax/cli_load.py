@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from elastic_jax.cli_options import Dtype, hide_hub_progress, note
+from elastic_jax.cli_options import Dtype, Kv, hide_hub_progress, note
 from elastic_jax.hub_id import is_remote
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def load_model(
     *,
     on_missing: OnMissing,
     dtype: Dtype,
+    kv: Kv = "full",
     kv_slots: int | None,
     max_context: int | None,
     trust: bool,
@@ -55,6 +56,7 @@ def load_model(
         mode,
         on_missing=on_missing,
         dtype=dtype,
+        kv=kv,
         kv_slots=kv_slots,
         max_context=max_context,
         trust=trust,

@@ -10,6 +10,7 @@ import typer
 
 Precision = Literal["int8", "bf16"]
 Dtype = Literal["bfloat16", "float32"]
+Kv = Literal["full", "int8"]
 
 CheckpointArgument = Annotated[Path, typer.Argument(help="An Elastic checkpoint.", show_default=False)]
 CheckpointOrIdArgument = Annotated[
@@ -19,6 +20,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON value i
 ModeOption = Annotated[str, typer.Option("--mode", "-m", help="A mode of the checkpoint: XL, L, M, S.")]
 ModesOption = Annotated[list[str] | None, typer.Option("--mode", "-m", help="A mode; repeat for more. All if none.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Compute type; float32 is for checks.")]
+KvOption = Annotated[
+    Kv, typer.Option("--kv", help="Precision of the KV cache: the compute type, or int8, which takes half as much.")
+]
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Threads; one per processor core, 16 at most, by default.")
 ]

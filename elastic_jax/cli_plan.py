@@ -8,6 +8,7 @@ from elastic_jax.cli_options import (
     CheckpointOrIdArgument,
     DtypeOption,
     JsonOption,
+    KvOption,
     RevisionOption,
     TokenOption,
     hide_hub_progress,
@@ -29,6 +30,7 @@ def plan(
     ] = None,
     max_context: Annotated[int | None, typer.Option(min=1, help="Longest context in tokens.")] = None,
     dtype: DtypeOption = "bfloat16",
+    kv: KvOption = "full",
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
@@ -47,7 +49,7 @@ def plan(
         "checkpoint_bytes": checkpoint_bytes(model.config),
         "max_position_embeddings": model.config.max_position_embeddings,
         "memory_bytes_per_second": where.bandwidth,
-        "modes": [size_mode(model.config, one, where, dtype, max_context=max_context) for one in model.plans],
+        "modes": [size_mode(model.config, one, where, dtype, max_context=max_context, kv=kv) for one in model.plans],
     }
     print_value(planned, as_json, lambda: _render(planned))
 

@@ -15,6 +15,7 @@ from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.executables import ModeStore
 from elastic_jax.generation import AnswerText, Piece
 from elastic_jax.hub_id import is_remote, refuse_revision
+from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.loading import OnMissing, usable_pool
 from elastic_jax.memory import MemoryPlan
 from elastic_jax.parts import load_parts
@@ -81,6 +82,7 @@ class ElasticMistral:
         *,
         on_missing: OnMissing = "error",
         dtype: ComputeDtype | None = None,
+        kv: KvPrecision = "full",
         kv_slots: int | None = None,
         max_context: int | None = None,
         device: Device | None = None,
@@ -100,6 +102,8 @@ class ElasticMistral:
                 original), or a request such as `"max-loss=1%"` (`Frontier.resolve`).
             on_missing: what to do without fitting executables: raise, or compile and store them, and say so.
             dtype: compute type, bfloat16 by default; float32 is for checks.
+            kv: precision of the KV cache, as it was compiled: `full`, the compute type, or `int8`, which takes half the
+                memory for somewhat less accuracy.
             kv_slots: tokens of the KV pool, which all sequences share: one of the pools that are compiled. By default
                 the largest that fits into free memory; if that is not the largest of all, it is said.
             max_context: longest context of a sequence in tokens; by default what the executables were compiled for.
@@ -124,6 +128,8 @@ class ElasticMistral:
             raise ConfigError(f'on_missing must be "error" or "compile", found {on_missing!r}')
         if dtype not in (None, "bfloat16", "float32"):
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
+        if kv not in ("full", "int8"):
+            raise ConfigError(f'kv must be "full" or "int8", found {kv!r}')
         phases = Phases()
         with phases.measure("device"):
             device = device if device is not None else default_device()
@@ -135,6 +141,7 @@ class ElasticMistral:
                     str(path),
                     str(mode),
                     dtype=dtype or "bfloat16",
+                    kv=kv,
                     device=device,
                     max_context=max_context,
                     on_missing=on_missing,
@@ -151,7 +158,7 @@ class ElasticMistral:
         with phases.measure("plan"):
             plan = checkpoint.plan(str(mode))
             checkpoint.folders(plan)  # executables would be of no use without the weights
-            store = ModeStore(checkpoint, plan, dtype or "bfloat16", device)
+            store = ModeStore(checkpoint, plan, dtype or "bfloat16", device, kv)
             pool = usable_pool(
                 store, on_missing, kv_slots=kv_slots, max_context=max_context, workers=threads, say=say or _say
             )
@@ -318,7 +325,7 @@ class ElasticMistral:
     def info(self) -> dict[str, Any]:
         """What is loaded: mode, plan, bytes, what each group runs, executables, KV capacity; JSON-ready."""
         step = self.engine.config
-        store = ModeStore(self.checkpoint, self.plan, step.dtype, self.engine.runner.device)
+        store = ModeStore(self.checkpoint, self.plan, step.dtype, self.engine.runner.device, step.kv)
         return {
             "path": str(self.checkpoint.path),
             "mode": self.plan.name,
@@ -337,6 +344,8 @@ class ElasticMistral:
             "attention": step.attention,
             "integer_dot": step.integer_dot,
             "decode": step.decode,
+            "sampling": step.sampling,
+            "kv": step.kv,
             "kv_capacity_tokens": step.kv_slots,
             "kv_pools_compiled": store.pools,
             "rows": step.rows,

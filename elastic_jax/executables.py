@@ -17,6 +17,7 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.checkpoint_format import EXECUTABLES
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError, ExecutableError
+from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.plan import Plan
 from elastic_jax.step import Bucket, ComputeDtype, StepConfig
 from elastic_jax.units import make_units, traced_source_digest
@@ -48,7 +49,13 @@ _MAX_BIAS = 300
 
 
 def default_step_config(
-    model: ModelConfig, platform: str, dtype: ComputeDtype, *, kv_slots: int, max_context: int | None
+    model: ModelConfig,
+    platform: str,
+    dtype: ComputeDtype,
+    *,
+    kv_slots: int,
+    max_context: int | None,
+    kv: KvPrecision = "full",
 ) -> StepConfig:
     """The sizes that a mode is compiled for unless told otherwise.
 
@@ -58,6 +65,7 @@ def default_step_config(
         dtype: compute type.
         kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; `pools.default_pool` chooses.
         max_context: longest context in tokens; None for as much as model and pool allow.
+        kv: precision of the KV cache. With int8, steps that only generate are composed of attention and dots.
 
     Raises:
         ConfigError: the platform is unknown, or the sizes contradict each other.
@@ -82,7 +90,9 @@ def default_step_config(
         buckets=buckets,
         attention=attention,
         integer_dot=integer_dot,
-        decode=decode,
+        decode=decode if kv == "full" else "xla",
+        sampling=kernels.default_sampling(platform),
+        kv=kv,
     )
 
 
@@ -111,17 +121,20 @@ class ModeStore:
         plan: the mode's plan.
         dtype: compute type.
         device: the device.
+        kv: precision of the KV cache.
     """
 
     checkpoint: Checkpoint
     plan: Plan
     dtype: ComputeDtype
     device: Device
+    kv: KvPrecision = "full"
 
     @property
     def folder(self) -> Path:
-        """Where the stores are; those of float32 stand beside the ordinary ones."""
+        """Where the stores are; those of float32 and of a KV cache in int8 stand beside the ordinary ones."""
         name = self.plan.name if self.dtype == "bfloat16" else f"{self.plan.name}.{self.dtype}"
+        name = name if self.kv == "full" else f"{name}.kv-{self.kv}"
         return self.checkpoint.executables_path / Target.of(self.device).folder / name
 
     @property
@@ -135,6 +148,7 @@ class ModeStore:
         """The command that compiles the mode; `sizes` are further options and their values, without those of None."""
         words = ["elastic-jax", "compile", str(self.checkpoint.path), "--mode", self.plan.name]
         words += [] if self.dtype == "bfloat16" else ["--dtype", self.dtype]
+        words += [] if self.kv == "full" else ["--kv", self.kv]
         for name, value in sizes.items():
             words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
         return shlex.join(words)
@@ -229,7 +243,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
-        kernels.prepare_to_load(step.decode)
+        kernels.prepare_to_load(step.decode, step.sampling)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

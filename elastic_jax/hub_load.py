@@ -17,6 +17,7 @@ from elastic_jax.demo_model import default_cache
 from elastic_jax.errors import CheckpointError, ExecutableError, HubError
 from elastic_jax.executables import ModeStore
 from elastic_jax.hub_access import Snapshot
+from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.loading import OnMissing, Say
 from elastic_jax.plan import Plan
 from elastic_jax.step import ComputeDtype
@@ -52,6 +53,7 @@ def fetch_mode(
     mode: str,
     *,
     dtype: ComputeDtype,
+    kv: KvPrecision = "full",
     device: Device,
     max_context: int | None,
     on_missing: OnMissing,
@@ -66,6 +68,7 @@ def fetch_mode(
         repository: `owner/name`.
         mode: one of the checkpoint's.
         dtype: compute type.
+        kv: precision of the KV cache.
         device: whose executables are wanted.
         max_context: the longest context wanted, or None.
         on_missing: with `trust`, what to do if the repository's executables are missing or do not fit.
@@ -84,7 +87,7 @@ def fetch_mode(
     checkpoint = _read(snapshot, [MANIFEST, f"{PLANS}/*", f"{TOKENIZER}/*"], token)
     plan = checkpoint.plan(mode)
     folders = checkpoint.folders(plan)
-    store = ModeStore(checkpoint, plan, dtype, device)
+    store = ModeStore(checkpoint, plan, dtype, device, kv)
     own = dataclasses.replace(store, checkpoint=checkpoint.with_home(compiled_folder(snapshot)))
     if own.pools and _problem(own, max_context) is None:
         fetched = FetchedMode(own.checkpoint, on_missing if trust else "compile")

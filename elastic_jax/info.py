@@ -71,7 +71,7 @@ def _describe_store(folder: Path) -> dict[str, Any]:
         return described | {
             "units": len(manifest.units),
             "bytes": sum(record.size for record in manifest.units.values()),
-            **{name: manifest.identity[name] for name in ("jax", "dtype", "kv_slots", "max_context")},
+            **{name: manifest.identity[name] for name in ("jax", "dtype", "kv", "kv_slots", "max_context")},
         }
     except KeyError as error:
         return described | {"problem": f"{folder}: its manifest does not name {error}. Compile it again"}

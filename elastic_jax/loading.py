@@ -7,6 +7,7 @@ from aot_cache.store import verify
 from aot_cache.target import Target
 from elastic_jax.errors import ElasticError, ExecutableError, MemoryPlanError, MismatchError, RequestError
 from elastic_jax.executables import ModeStore, default_step_config
+from elastic_jax.kernels.measured import unmeasured
 from elastic_jax.limits import check_count
 from elastic_jax.memory import available_memory
 from elastic_jax.pools import Pool, Say, choose_pool, default_pool
@@ -96,9 +97,13 @@ def _compile(
     if kv_slots is None:
         available = available_memory(store.device)
         kv_slots = default_pool(
-            checkpoint, store.plan, store.dtype, platform, available=available, max_context=max_context
+            checkpoint, store.plan, store.dtype, platform, available=available, max_context=max_context, kv=store.kv
         )
-    step = default_step_config(checkpoint.config, platform, store.dtype, kv_slots=kv_slots, max_context=max_context)
+    step = default_step_config(
+        checkpoint.config, platform, store.dtype, kv_slots=kv_slots, max_context=max_context, kv=store.kv
+    )
+    if message := unmeasured(step, store.device):
+        say(message)
 
     def progress(name: str, seconds: float | None, done: int, total: int) -> None:
         if seconds is not None:

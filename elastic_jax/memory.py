@@ -70,7 +70,7 @@ def plan_memory(model: ModelConfig, weights: Weights, step: StepConfig, units: I
     state = steps.abstract_state(model, step)
     units = list(units)
     largest = max((unit.workspace - unit.code for unit in units), default=0)
-    kv = _bytes(state.kv)
+    kv = _bytes(jax.tree.leaves(state.kv))
     return MemoryPlan(
         weights=weight_bytes(weights),
         kv=kv,

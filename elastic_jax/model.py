@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Float32, Int32
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
+from elastic_jax.kv_cache import Cache, write
 from elastic_jax.norm import RMSNorm
 
-type Attention = Callable[[Array, Array, TokenBatch], Array]
-"""(query [tokens, heads, dim], kv [slots, 2, kv_heads, dim], batch) -> float32 [tokens, heads, dim]."""
+type Attention = Callable[[Array, Any, TokenBatch], Array]
+"""(query [tokens, heads, dim], kv (a `kv_cache.Cache`), batch) -> float32 [tokens, heads, dim]."""
 
 type Dot = Callable[..., Array]
 """(x [tokens, in], weight, *, generated, norm=None, gated=False, residual=None) -> [tokens, out], or if gated SwiGLU of
@@ -94,9 +95,9 @@ class SelfAttention(nnx.Module):
         x: Float[Array, "tokens hidden"],
         norm: RMSNorm,
         angles: tuple[Array, Array],
-        kv: Float[Array, "slots 2 kv_heads dim"],
+        kv: Cache,
         batch: TokenBatch,
-    ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "slots 2 kv_heads dim"]]:
+    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
         """Writes this step's keys and values into the cache, then attends over it.
 
         Returns:
@@ -111,7 +112,7 @@ class SelfAttention(nnx.Module):
             k = rotate(k.reshape(-1, c.num_kv_heads, c.head_dim), *angles)
             v = v.reshape(k.shape)
         with jax.named_scope("kv_write"):
-            kv = kv.at[batch.slot].set(jnp.stack([k, v], axis=1).astype(kv.dtype), mode="drop")
+            kv = write(kv, batch.slot, k, v)
         with jax.named_scope("attention"):
             out = self.attention(q.astype(kv.dtype), kv, batch)
         with jax.named_scope("o"):
@@ -148,8 +149,8 @@ class Block(nnx.Module):
         self.mlp = MLP(weights[f"{name}.gate_up"], weights[f"{name}.down"], dot)
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Array, batch: TokenBatch
-    ) -> tuple[Float[Array, "tokens hidden"], Array]:
+        self, x: Float[Array, "tokens hidden"], angles: tuple[Array, Array], kv: Cache, batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], Cache]:
         """The residual stream after this layer, and the layer's cache."""
         x, kv = self.attention(x, self.attention_norm, angles, kv, batch)
         return self.mlp(x, self.mlp_norm, generated=batch.generated), kv
@@ -169,7 +170,7 @@ class Decode:
     """
 
     takes: Callable[..., bool]
-    run_layers: Callable[..., tuple[Array, tuple[Array, ...]]]
+    run_layers: Callable[..., tuple[Array, tuple[Any, ...]]]
     takes_head: Callable[..., bool]
     run_head: Callable[..., Array]
 
@@ -207,8 +208,8 @@ class Mistral(nnx.Module):
         self.lm_head = Linear(weights.get(LM_HEAD, self.embedding), dot)
 
     def __call__(
-        self, token: Int32[Array, " tokens"], kv: tuple[Array, ...], batch: TokenBatch
-    ) -> tuple[Float[Array, "tokens hidden"], tuple[Array, ...]]:
+        self, token: Int32[Array, " tokens"], kv: tuple[Cache, ...], batch: TokenBatch
+    ) -> tuple[Float[Array, "tokens hidden"], tuple[Cache, ...]]:
         """The residual stream after the last layer, and every layer's cache with this step's tokens in it."""
         with jax.named_scope("embed"):
             x = self.embedding.get_value().at[token].get(mode="clip").astype(self.dtype)

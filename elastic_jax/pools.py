@@ -10,6 +10,7 @@ from collections.abc import Callable
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ExecutableError, MemoryPlanError, RequestError
 from elastic_jax.executables import ModeStore, default_step_config, whole_pages
+from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.memory import (
     MemoryPlan,
     available_memory,
@@ -55,6 +56,7 @@ def default_pool(
     *,
     available: int | None,
     max_context: int | None,
+    kv: KvPrecision = "full",
 ) -> int:
     """The pool that a mode is compiled for unless told otherwise: the largest of the ladder that will fit.
 
@@ -65,6 +67,7 @@ def default_pool(
         platform: `cpu` or `gpu`.
         available: bytes for everything; None for no bound. Not asked on CPU, where memory is not the model's own.
         max_context: the pool must hold one such context.
+        kv: precision of the KV cache.
 
     Raises:
         MemoryPlanError: none fits; the message says which modes would.
@@ -74,7 +77,7 @@ def default_pool(
     if platform == "cpu":
         return max(CPU_SLOTS, least)
     rungs = [slots for slots in LADDER if slots >= least] or [least]
-    estimates = {slots: _estimate(checkpoint, plan, dtype, platform, slots, max_context) for slots in rungs}
+    estimates = {slots: _estimate(checkpoint, plan, dtype, platform, slots, max_context, kv) for slots in rungs}
     if available is None:
         return rungs[0]
     for slots, estimate in estimates.items():
@@ -84,7 +87,7 @@ def default_pool(
     smaller = [
         other.name
         for other in checkpoint.stored_plans()
-        if _estimate(checkpoint, other, dtype, platform, rungs[-1], max_context).total <= available
+        if _estimate(checkpoint, other, dtype, platform, rungs[-1], max_context, kv).total <= available
     ]
     raise MemoryPlanError(
         f"mode {plan.name} needs about {gib(needed.total)} with a KV pool of {rungs[-1]} tokens "
@@ -96,10 +99,16 @@ def default_pool(
 
 
 def _estimate(
-    checkpoint: Checkpoint, plan: Plan, dtype: ComputeDtype, platform: str, slots: int, max_context: int | None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    dtype: ComputeDtype,
+    platform: str,
+    slots: int,
+    max_context: int | None,
+    kv: KvPrecision,
 ) -> MemoryPlan:
     model = checkpoint.config
-    step = default_step_config(model, platform, dtype, kv_slots=slots, max_context=max_context)
+    step = default_step_config(model, platform, dtype, kv_slots=slots, max_context=max_context, kv=kv)
     return plan_memory(model, abstract_weights(model, plan, dtype), step, [estimated_workspace(model, step)])
 
 

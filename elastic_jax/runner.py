@@ -105,9 +105,9 @@ class Runner:
         self.config, self.step_config, self.device = config, step, device
         self._units = units
         self._weights = flatten(build_model(config, weights, step))[0]
-        self._layers = config.num_layers
+        self._caches = len(jax.tree.leaves(steps.abstract_state(config, step).kv))
         state = units["start"]()
-        self._kv, self._rows = state[: self._layers], state[self._layers :]
+        self._kv, self._rows = state[: self._caches], state[self._caches :]
         self.sampling = SamplingTable(config, step, device)
         self._block_tables = BlockTables(device)
 
@@ -129,8 +129,8 @@ class Runner:
         sampled = jax.tree.leaves(self.sampling.on_device()) if sampling else []
         leaves = self._leaves(inputs)
         out = unit(*self._weights, *self._kv, *self._rows, *leaves, *sampled)
-        split = self._layers + len(self._rows)
-        self._kv, self._rows = out[: self._layers], out[self._layers : split]
+        split = self._caches + len(self._rows)
+        self._kv, self._rows = out[: self._caches], out[self._caches : split]
         found = StepOutputs(*out[split:])
         if not top:
             return found
@@ -141,8 +141,8 @@ class Runner:
         """Dispatches one score step; `target` holds the token wanted after each prompt token, or -1."""
         unit = self._units[step_name(bucket, "score")]
         out = unit(*self._weights, *self._kv, *self._leaves(inputs), target, np.int32(top))
-        self._kv = out[: self._layers]
-        return ScoreOutputs(*out[self._layers :])
+        self._kv = out[: self._caches]
+        return ScoreOutputs(*out[self._caches :])
 
     def _leaves(self, inputs: StepInputs) -> list[Any]:
         tables = self._block_tables.on_device(inputs.block_table)

@@ -6,6 +6,7 @@ distribution; so equal seeds give equal draws whatever else runs.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -47,6 +48,26 @@ class SamplingInputs:
     bias_token: Any
     bias: Any
     allowed: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampledRows:
+    """What sampling reads of the state of every row; see `step.RowState`.
+
+    Attributes:
+        key: uint32 [rows, 2].
+        counts: int32 [rows, vocab].
+        prompt_mask: uint32 [rows, ceil(vocab / 32)].
+    """
+
+    key: Any
+    counts: Any
+    prompt_mask: Any
+
+
+type Choose = Callable[..., tuple[Array, Array, Array]]
+"""(logits, sampling, row, position, rows) -> (token, log_probability, finite); see `choose`."""
 
 
 def unpack_bits(words: UInt32[Array, "rows words"], vocab: int) -> Bool[Array, "rows vocab"]:
@@ -176,6 +197,40 @@ def sample(
 
     sampled = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
     return jnp.where(sampling.temperature > 0, sampled, greedy)
+
+
+def choose(
+    logits: Float32[Array, "outputs vocab"],
+    sampling: SamplingInputs | None,
+    row: Int32[Array, " outputs"],
+    position: Int32[Array, " outputs"],
+    rows: SampledRows,
+) -> tuple[Int32[Array, " outputs"], Float32[Array, " outputs"], Bool[Array, " outputs"]]:
+    """The next token of each output: the plain-XLA implementation (`kernels.SAMPLING`).
+
+    Args:
+        logits: by the model itself.
+        sampling: how each row samples; None takes the most likely token of each.
+        row: whose output it is; the number of rows, where nobody's: its results mean nothing then.
+        position: the new token's.
+        rows: the state of every row.
+
+    Returns:
+        tokens; their log-probabilities by the model itself, before penalties, bias, mask and temperature; whether every
+        logit is finite.
+    """
+    with jax.named_scope("sample"):
+        if sampling is None:
+            token = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        else:
+            mine = jax.tree.map(lambda a: a.at[row].get(mode="clip"), sampling)
+            counts, prompt_mask = (a.at[row].get(mode="clip") for a in (rows.counts, rows.prompt_mask))
+            adjusted = adjust_logits(logits, mine, counts, prompt_mask)
+            token = sample(adjusted, mine, uniforms(rows.key.at[row].get(mode="clip"), position, mine.choice))
+    with jax.named_scope("log_probability"):
+        total = jax.nn.logsumexp(logits, axis=1)
+        log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
+    return token, log_probability, jnp.all(jnp.isfinite(logits), axis=1)
 
 
 def top_tokens(logits: Float32[Array, "rows vocab"], n: int) -> tuple[Int32[Array, "rows n"], Float32[Array, "rows n"]]:

@@ -18,6 +18,7 @@ from elastic_jax.device import default_device
 from elastic_jax.errors import CheckpointError, ConversionError
 from elastic_jax.executables import PAGE_SIZE, default_step_config
 from elastic_jax.hub_id import is_hub_id
+from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.memory import JAX_FRACTION, available_memory, estimated_workspace, plan_memory
 from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.pools import CPU_SLOTS
@@ -143,7 +144,13 @@ def _bandwidth(config: str | None) -> int | None:
 
 
 def size_mode(
-    config: ModelConfig, plan: Plan, where: Place, dtype: ComputeDtype, *, max_context: int | None
+    config: ModelConfig,
+    plan: Plan,
+    where: Place,
+    dtype: ComputeDtype,
+    *,
+    max_context: int | None,
+    kv: KvPrecision = "full",
 ) -> dict[str, Any]:
     """What one mode takes on a device, JSON-ready; bytes, and tokens.
 
@@ -156,9 +163,10 @@ def size_mode(
         where: the device.
         dtype: compute type.
         max_context: longest context in tokens, or None.
+        kv: precision of the KV cache.
     """
     step = default_step_config(
-        config, where.platform, dtype, kv_slots=max(CPU_SLOTS, max_context or 1), max_context=max_context
+        config, where.platform, dtype, kv_slots=max(CPU_SLOTS, max_context or 1), max_context=max_context, kv=kv
     )
     weights = abstract_weights(config, plan, dtype)
     memory = plan_memory(config, weights, step, [estimated_workspace(config, step)])

@@ -20,9 +20,10 @@ from elastic_jax import sampling as sampler
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
+from elastic_jax.kv_cache import Cache, KvPrecision, abstract_cache
 from elastic_jax.model import Mistral
 from elastic_jax.quantization import QArray
-from elastic_jax.sampling import SamplingInputs
+from elastic_jax.sampling import Choose, SampledRows, SamplingInputs
 
 type Variant = Literal["greedy", "sampling", "score"]
 type ComputeDtype = Literal["bfloat16", "float32"]
@@ -64,11 +65,13 @@ class StepConfig:
         max_context: longest context of a sequence, in tokens.
         top_n: most likely tokens that can be reported per output.
         max_bias: entries of a row's sparse logit bias.
-        dtype: type of the residual stream, of unquantized products and of the KV cache.
+        dtype: type of the residual stream, of unquantized products and, unless `kv` says otherwise, of the KV cache.
         buckets: sizes of step.
         attention: name of the attention implementation (`kernels.ATTENTION`).
         integer_dot: name of the implementation of integer dots (`kernels.INTEGER_DOT`).
         decode: name of the implementation of steps that only generate (`kernels.DECODE`).
+        sampling: name of the implementation of choosing tokens (`kernels.SAMPLING`).
+        kv: precision of the KV cache.
     """
 
     rows: int
@@ -82,6 +85,8 @@ class StepConfig:
     attention: str
     integer_dot: str
     decode: str
+    sampling: str
+    kv: KvPrecision
 
     def __post_init__(self) -> None:
         """Refuses sizes that no engine could run on.
@@ -132,7 +137,7 @@ class RowState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepState:
-    """Everything donated every step: per layer a cache [slots, 2, kv_heads, head_dim], and the rows."""
+    """Everything donated every step: per layer a `kv_cache.Cache`, and the rows."""
 
     kv: tuple[Any, ...]
     rows: RowState
@@ -206,8 +211,8 @@ class ScoreOutputs:
 
 
 def _run_model(
-    model: Mistral, kv: tuple[Array, ...], rows: RowState | None, inputs: StepInputs, page_size: int
-) -> tuple[Array, tuple[Array, ...], TokenBatch]:
+    model: Mistral, kv: tuple[Cache, ...], rows: RowState | None, inputs: StepInputs, page_size: int
+) -> tuple[Array, tuple[Cache, ...], TokenBatch]:
     generated = inputs.row.shape[0] - inputs.token.shape[0]
     token, position = inputs.token, inputs.position
     if rows is not None and generated:
@@ -239,6 +244,7 @@ def step(
     inputs: StepInputs,
     sampling: SamplingInputs | None,
     config: StepConfig,
+    choose: Choose,
 ) -> tuple[StepState, StepOutputs]:
     """Runs the model and chooses the next tokens.
 
@@ -249,6 +255,7 @@ def step(
         sampling: how each row samples; None compiles the `greedy` variant, in which every row takes the most likely
             token and no row has penalties, bias or a grammar.
         config: sizes.
+        choose: the implementation of choosing tokens.
 
     Returns:
         the new state, and what was found.
@@ -261,29 +268,16 @@ def step(
     row = jnp.where(live, batch.row.at[inputs.out_index].get(mode="clip"), batch.rows)
     position = batch.position.at[inputs.out_index].get(mode="clip") + 1
     rows = state.rows
-    with jax.named_scope("sample"):
-        if sampling is None:
-            token = jnp.argmax(logits, axis=1).astype(jnp.int32)
-            counts = rows.counts
-        else:
-            mine = jax.tree.map(lambda a: a.at[row].get(mode="clip"), sampling)
-            adjusted = sampler.adjust_logits(
-                logits, mine, rows.counts.at[row].get(mode="clip"), rows.prompt_mask.at[row].get(mode="clip")
-            )
-            uniform = sampler.uniforms(rows.key.at[row].get(mode="clip"), position, mine.choice)
-            token = sampler.sample(adjusted, mine, uniform)
-            counts = rows.counts.at[row, token].add(1, mode="drop")
-    with jax.named_scope("log_probability"):
-        total = jax.nn.logsumexp(logits, axis=1)
-        log_probability = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - total
-
+    token, log_probability, finite = choose(
+        logits, sampling, row, position, SampledRows(rows.key, rows.counts, rows.prompt_mask)
+    )
+    counts = rows.counts if sampling is None else rows.counts.at[row, token].add(1, mode="drop")
     rows = dataclasses.replace(
         rows,
         last_token=rows.last_token.at[row].set(token, mode="drop"),
         position=rows.position.at[row].set(position, mode="drop"),
         counts=counts,
     )
-    finite = jnp.all(jnp.isfinite(logits), axis=1)
     outputs = StepOutputs(token, log_probability, finite, logits)
     return StepState(kv, rows), outputs
 
@@ -295,12 +289,12 @@ def _vocabulary_chunks(vocab: int) -> int:
 
 def score(
     model: Mistral,
-    kv: tuple[Array, ...],
+    kv: tuple[Cache, ...],
     inputs: StepInputs,
     target: Int32[Array, " p"],
     top_wanted: Int32[Array, ""],
     config: StepConfig,
-) -> tuple[tuple[Array, ...], ScoreOutputs]:
+) -> tuple[tuple[Cache, ...], ScoreOutputs]:
     """The step with another head: what the model thought of a given next token, for every prompt token.
 
     The vocabulary is walked in chunks, so that logits [P, vocab] never exist at once.
@@ -378,24 +372,21 @@ def admit(
 
 
 def copy_page(
-    kv: tuple[Array, ...], source: Int32[Array, ""], destination: Int32[Array, ""], page_size: int
-) -> tuple[Array, ...]:
+    kv: tuple[Cache, ...], source: Int32[Array, ""], destination: Int32[Array, ""], page_size: int
+) -> tuple[Cache, ...]:
     """Copies one page of every layer's cache: two sequences that share a prompt part ways inside a page."""
-    return tuple(
-        jax.lax.dynamic_update_slice_in_dim(
-            cache,
-            jax.lax.dynamic_slice_in_dim(cache, source * page_size, page_size),
-            destination * page_size,
-            axis=0,
-        )
-        for cache in kv
-    )
+
+    def copied(leaf: Array) -> Array:
+        page = jax.lax.dynamic_slice_in_dim(leaf, source * page_size, page_size)
+        return jax.lax.dynamic_update_slice_in_dim(leaf, page, destination * page_size, axis=0)
+
+    return jax.tree.map(copied, kv)
 
 
 def abstract_state(model: ModelConfig, config: StepConfig) -> StepState:
     """Shapes of the donated state."""
     shape = jax.ShapeDtypeStruct
-    cache = shape((config.kv_slots, 2, model.num_kv_heads, model.head_dim), jnp.dtype(config.dtype))
+    cache = abstract_cache((config.kv_slots, 2, model.num_kv_heads, model.head_dim), config.dtype, config.kv)
     rows, words = config.rows, -(-model.vocab_size // 32)
     return StepState(
         kv=(cache,) * model.num_layers,

@@ -51,6 +51,7 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
         ConfigError: the step names an implementation that there is not.
     """
     leaves, graph, tree = flatten(build_model(config, abstract_weights(config, plan, step.dtype), step))
+    choose = kernels.sampling(step.sampling)
     state = steps.abstract_state(config, step)
     sampling = steps.abstract_sampling(config, step)
 
@@ -58,10 +59,10 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
         return nnx.merge(graph, jax.tree.unflatten(tree, weights))
 
     def greedy(weights: Any, state: Any, inputs: Any) -> Any:
-        return steps.step(model(weights), state, inputs, None, step)
+        return steps.step(model(weights), state, inputs, None, step, choose)
 
     def sampled(weights: Any, state: Any, inputs: Any, sampling: Any) -> Any:
-        return steps.step(model(weights), state, inputs, sampling, step)
+        return steps.step(model(weights), state, inputs, sampling, step, choose)
 
     def top(logits: Any) -> Any:
         return steps.top(logits, step.top_n)

@@ -17,6 +17,8 @@ from elastic_jax.model import Attention, Decode, Dot
 from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import IntegerDot
 from elastic_jax.quantization import dot as quantized_dot
+from elastic_jax.sampling import Choose
+from elastic_jax.sampling import choose as choose_xla
 from elastic_jax.step import ComputeDtype
 
 _MOSAIC_RUNTIME = "MOSAIC_GPU_RUNTIME_LIB_PATH"
@@ -69,6 +71,16 @@ DECODE: dict[str, Callable[[], Decode | None]] = {"xla": lambda: None, "cuda": f
 for NVIDIA GPUs, and leaves steps of more tokens than it takes to be composed."""
 
 
+def _cuda_choose(*operands: Any) -> tuple[Array, Array, Array]:
+    from elastic_jax.kernels import sampling_cuda
+
+    return sampling_cuda.choose(*operands)
+
+
+SAMPLING: dict[str, Choose] = {"xla": choose_xla, "cuda": _cuda_choose}
+"""Choosing tokens by name: `xla` is the plain-XLA reference, `cuda` is one launch on NVIDIA GPUs."""
+
+
 def attention(name: str) -> Attention:
     """The implementation of attention of that name.
 
@@ -97,7 +109,16 @@ def decode(name: str) -> Decode | None:
     return _named(DECODE, name, "decode")()
 
 
-def prepare_to_load(decode: str) -> None:
+def sampling(name: str) -> Choose:
+    """The implementation of choosing tokens of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return _named(SAMPLING, name, "sampling")
+
+
+def prepare_to_load(decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
@@ -108,6 +129,10 @@ def prepare_to_load(decode: str) -> None:
         from elastic_jax.kernels import decode_cuda
 
         decode_cuda.register()
+    if sampling == "cuda":
+        from elastic_jax.kernels import sampling_cuda
+
+        sampling_cuda.register()
 
 
 def _find_mosaic_runtime() -> None:
@@ -140,6 +165,23 @@ def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tu
 
     decode = allowed(decode_cuda, "cuda") if dtype == "bfloat16" else "xla"
     return allowed(attention_pallas, "pallas"), allowed(integer_dot_pallas, "pallas"), decode
+
+
+def default_sampling(platform: str) -> str:
+    """The sampling used unless another is named: on GPUs `cuda`, except with JAX's plugin for CUDA 12.
+
+    Args:
+        platform: `cpu` or `gpu`.
+    """
+    if platform != "gpu":
+        return "xla"
+    from elastic_jax.kernels import sampling_cuda
+
+    try:
+        sampling_cuda.check_device()
+    except ConfigError:
+        return "xla"
+    return "cuda"
 
 
 def _named[T](implementations: Mapping[str, T], name: str, what: str) -> T:

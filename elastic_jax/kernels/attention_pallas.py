@@ -17,6 +17,7 @@ from elastic_jax.kernels.attention_pallas_blocks import power_of_two
 from elastic_jax.kernels.attention_pallas_generated import GeneratedTiles, attend_generated
 from elastic_jax.kernels.attention_pallas_prompt import PromptTiles, attend_prompt
 from elastic_jax.kernels.pallas_device import compute_capability
+from elastic_jax.kv_cache import Cache
 
 _DIMS = (16, 32, 64, 128, 256)
 
@@ -24,7 +25,7 @@ _INSTEAD = "use the attention called 'xla' instead"
 
 
 def attention(
-    query: Float[Array, "tokens heads dim"], kv: Float[Array, "slots 2 kv_heads dim"], batch: TokenBatch
+    query: Float[Array, "tokens heads dim"], kv: Cache, batch: TokenBatch
 ) -> Float32[Array, "tokens heads dim"]:
     """Causal grouped-query attention of every token to its own sequence, scaled by 1 / sqrt(dim).
 
@@ -49,7 +50,7 @@ def attention(
 @functools.partial(jax.jit, static_argnames=("generated", "prompt", "interpret"))
 def run(
     query: Float[Array, "tokens heads dim"],
-    kv: Float[Array, "slots 2 kv_heads dim"],
+    kv: Cache,
     batch: TokenBatch,
     generated: GeneratedTiles,
     prompt: PromptTiles,
@@ -72,7 +73,7 @@ def run(
     return jnp.zeros(query.shape, jnp.float32) if out is None else out
 
 
-def choose_tiles(capability: int, query: Array, kv: Array, batch: TokenBatch) -> tuple[GeneratedTiles, PromptTiles]:
+def choose_tiles(capability: int, query: Array, kv: Cache, batch: TokenBatch) -> tuple[GeneratedTiles, PromptTiles]:
     """Sizes of the kernels for a GPU; `benches/attention.py` measures them.
 
     They were tuned on an H200 (9.0) for heads of 128 in bf16; other cases get the same shared memory or less.
@@ -109,7 +110,7 @@ def _check_heads(heads: int, kv_heads: int, dim: int) -> None:
         )
 
 
-def check_supported(query: Array, kv: Array) -> None:
+def check_supported(query: Array, kv: Cache) -> None:
     """Refuses shapes and types that the kernels are not made for.
 
     Raises:

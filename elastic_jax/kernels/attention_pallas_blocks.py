@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Int32
 
+from elastic_jax.kv_cache import QuantizedCache
+
 MASKED = -1e30
 """Score of a key that must not be seen: finite, so that differences of two are not NaN."""
 
@@ -66,17 +68,29 @@ def block_slots(table_ref: Any, row: Array, first: Array, block: int, page_size:
     return triton.load(table_ref.at[jnp.full_like(page, row), page]) * page_size + position % page_size
 
 
-def read_cache(kv_ref: Any, slots: Array, which: int, head: Array, live: Array | None) -> Array:
-    """Keys or values [block, dim] of one head; zeros where not `live` [block]. In a kernel.
+type Read = tuple[Array, Array | None]
+"""Keys or values [block, dim] in the compute type; what they are multiplied by [block], or None."""
+
+
+def read_cache(kv_ref: Any, slots: Array, which: int, head: Array, live: Array | None) -> Read:
+    """Keys or values of one head; zeros where not `live` [block]. In a kernel.
 
     What lies in other slots is not read, so that it may be anything, NaN too.
     """
-    dims = jnp.arange(kv_ref.shape[3], dtype=jnp.int32)
-    at = kv_ref.at[slots[:, None], which, head, dims[None, :]]
-    if live is None:
-        return triton.load(at)
-    mask = jnp.broadcast_to(live[:, None], (slots.shape[0], dims.shape[0]))
-    return triton.load(at, mask=mask, other=jnp.zeros((), kv_ref.dtype))
+    quantized = isinstance(kv_ref, QuantizedCache)
+    values_ref = kv_ref.values if quantized else kv_ref
+    dims = jnp.arange(values_ref.shape[3], dtype=jnp.int32)
+    mask = None if live is None else jnp.broadcast_to(live[:, None], (slots.shape[0], dims.shape[0]))
+
+    def load(ref: Any, at: tuple[Any, ...], mask: Array | None) -> Array:
+        place = ref.at[at]
+        return triton.load(place) if mask is None else triton.load(place, mask=mask, other=jnp.zeros((), ref.dtype))
+
+    numbers = load(values_ref, (slots[:, None], which, head, dims[None, :]), mask)
+    if not quantized:
+        return numbers, None
+    # int8 is exact in every compute type.
+    return numbers.astype(kv_ref.dtype), load(kv_ref.scales, (slots, which, head), live)
 
 
 type Softmax = tuple[Array, Array, Array]
@@ -88,8 +102,8 @@ def start(rows: int, dim: int) -> Softmax:
     return jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((rows, dim), jnp.float32)
 
 
-def attend(carry: Softmax, query: Array, keys: Array, values: Array, live: Array | None) -> Softmax:
-    """Adds a block of keys and values [block, dim] to the softmax of queries [m, dim]. In a kernel.
+def attend(carry: Softmax, query: Array, keys: Read, values: Read, live: Array | None) -> Softmax:
+    """Adds a block of keys and values to the softmax of queries [m, dim]. In a kernel.
 
     Weights are rounded to the values' type before they multiply them, as in FlashAttention-2 (arXiv:2307.08691); their
     sum is of the unrounded ones.
@@ -104,13 +118,16 @@ def attend(carry: Softmax, query: Array, keys: Array, values: Array, live: Array
     """
     largest, total, out = carry
     scale = score_scale(query.shape[1])
-    scores = _dot(query, keys, 1)
+    scores = _dot(query, keys[0], 1)
+    if keys[1] is not None:
+        scores *= keys[1][None, :]
     if live is not None:
         scores = jnp.where(live, scores, MASKED)
     new = jnp.maximum(largest, jnp.max(scores, axis=1) * scale)
     weights = jnp.exp2(scores * scale - new[:, None])
     shrink = jnp.exp2(largest - new)
-    weighted = _dot(weights.astype(values.dtype), values, 0)
+    scaled = weights if values[1] is None else weights * values[1][None, :]
+    weighted = _dot(scaled.astype(values[0].dtype), values[0], 0)
     return new, total * shrink + jnp.sum(weights, axis=1), out * shrink[:, None] + weighted
 
 

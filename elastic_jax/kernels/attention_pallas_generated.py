@@ -28,6 +28,7 @@ from elastic_jax.kernels.attention_pallas_blocks import (
     read_cache,
     start,
 )
+from elastic_jax.kv_cache import Cache
 
 _LEAST_ROWS = 16
 """Rows of the smallest tensor-core product: a group of query heads is padded to it."""
@@ -52,7 +53,7 @@ class GeneratedTiles:
 
 def attend_generated(
     query: Float[Array, "tokens heads dim"],
-    kv: Float[Array, "slots 2 kv_heads dim"],
+    kv: Cache,
     batch: TokenBatch,
     out: Float32[Array, "tokens heads dim"] | None,
     tiles: GeneratedTiles,

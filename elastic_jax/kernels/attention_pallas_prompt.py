@@ -26,6 +26,7 @@ from elastic_jax.kernels.attention_pallas_blocks import (
     read_cache,
     start,
 )
+from elastic_jax.kv_cache import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PromptTiles:
 
 def attend_prompt(
     query: Float[Array, "tokens heads dim"],
-    kv: Float[Array, "slots 2 kv_heads dim"],
+    kv: Cache,
     batch: TokenBatch,
     tiles: PromptTiles,
     *,

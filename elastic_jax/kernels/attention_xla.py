@@ -4,6 +4,7 @@ It loops over blocks of pages with a bound that depends on the data. Gathering t
 a short context cost as much as the longest one the executable allows.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from elastic_jax.batch import TokenBatch
+from elastic_jax.kv_cache import Cache, QuantizedCache
 
 _BLOCK_TOKENS = 256
 """Context tokens a loop iteration reads: enough work to hide an iteration's overhead on CPU."""
@@ -23,7 +25,7 @@ _MASKED = -1e30
 
 
 def attention(
-    query: Float[Array, "tokens heads dim"], kv: Float[Array, "slots 2 kv_heads dim"], batch: TokenBatch
+    query: Float[Array, "tokens heads dim"], kv: Cache, batch: TokenBatch
 ) -> Float32[Array, "tokens heads dim"]:
     """Causal grouped-query attention of every token to its own sequence, scaled by 1 / sqrt(dim).
 
@@ -54,28 +56,51 @@ def _padded_tables(batch: TokenBatch) -> Int32[Array, "rows pages"]:
     return jnp.pad(batch.block_table, ((0, 0), (0, -batch.block_table.shape[1] % _block_pages(batch))))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """Keys or values of a block of context; times `scales`, if there are some.
+
+    Attributes:
+        numbers: [n, kv_heads, block, dim].
+        scales: float32 [n, kv_heads, block], or None.
+    """
+
+    numbers: Array
+    scales: Array | None
+
+
 def _read_block(
-    kv: Array, tables: Int32[Array, "n pages"], length: Int32[Array, " n"], block: Array, batch: TokenBatch
-) -> tuple[Array, Array]:
-    """Keys and values [n, kv_heads, block, dim] of context block number `block` of n block tables; zeros from each
-    table's `length` on.
+    kv: Cache, tables: Int32[Array, "n pages"], length: Int32[Array, " n"], block: Array, batch: TokenBatch
+) -> tuple[_Read, _Read]:
+    """Keys and values of context block number `block` of n block tables; zeros from each table's `length` on.
 
     Gather, mask and transposition are one fusion on CPU, and the dots that follow need no other layout.
     """
     n, pages = tables.shape[0], _block_pages(batch)
     taken = jax.lax.dynamic_slice(tables, (0, block * pages), (n, pages))
-    paged = kv.reshape(-1, batch.page_size, *kv.shape[1:])
-    gathered = paged.at[taken].get(mode="clip")  # n pages page_size 2 kv_heads dim
     # A slot that is not written yet may hold what a broken sequence left: NaN, which no zero weight removes.
     slots = jnp.arange(pages * batch.page_size, dtype=jnp.int32).reshape(1, pages, batch.page_size)
     written = block * pages * batch.page_size + slots < length[:, None, None]
-    gathered = jnp.where(written[..., None, None, None], gathered, jnp.zeros((), kv.dtype))
-    both = gathered.transpose(3, 0, 4, 1, 2, 5)
-    both = both.reshape(2, n, kv.shape[2], pages * batch.page_size, kv.shape[3])
-    return both[0], both[1]
+
+    def gather(leaf: Array) -> Array:
+        """[slots, 2, kv_heads, ...] -> [2, n, kv_heads, block, ...]."""
+        paged = leaf.reshape(-1, batch.page_size, *leaf.shape[1:])
+        gathered = paged.at[taken].get(mode="clip")  # n pages page_size 2 kv_heads ...
+        rest = leaf.shape[3:]
+        mask = written.reshape(*written.shape, *(1,) * (2 + len(rest)))
+        gathered = jnp.where(mask, gathered, jnp.zeros((), leaf.dtype))
+        both = gathered.transpose(3, 0, 4, 1, 2, *range(5, 5 + len(rest)))
+        return both.reshape(2, n, leaf.shape[2], pages * batch.page_size, *rest)
+
+    if not isinstance(kv, QuantizedCache):
+        both = gather(kv)
+        return _Read(both[0], None), _Read(both[1], None)
+    # int8 is exact in every compute type.
+    both, scales = gather(kv.values).astype(kv.dtype), gather(kv.scales)
+    return _Read(both[0], scales[0]), _Read(both[1], scales[1])
 
 
-def _generated(query: Float[Array, "d heads dim"], kv: Array, batch: TokenBatch) -> Float32[Array, "d heads dim"]:
+def _generated(query: Float[Array, "d heads dim"], kv: Cache, batch: TokenBatch) -> Float32[Array, "d heads dim"]:
     d, heads, dim = query.shape
     block_tokens = _block_pages(batch) * batch.page_size
     rows = batch.row[:d]
@@ -93,7 +118,7 @@ def _generated(query: Float[Array, "d heads dim"], kv: Array, batch: TokenBatch)
     return _finish(jax.lax.fori_loop(0, blocks, each_block, _start(grouped))).reshape(d, heads, dim)
 
 
-def _prompt(query: Float[Array, "p heads dim"], kv: Array, batch: TokenBatch) -> Float32[Array, "p heads dim"]:
+def _prompt(query: Float[Array, "p heads dim"], kv: Cache, batch: TokenBatch) -> Float32[Array, "p heads dim"]:
     p, heads, dim = query.shape
     kv_heads, group = kv.shape[2], heads // kv.shape[2]
     block_tokens = _block_pages(batch) * batch.page_size
@@ -150,17 +175,20 @@ def _start(query: Float[Array, "n kv_heads m dim"]) -> _Softmax:
 def _attend_block(
     carry: _Softmax,
     query: Float[Array, "n kv_heads m dim"],
-    keys: Float[Array, "n kv_heads block dim"],
-    values: Float[Array, "n kv_heads block dim"],
+    keys: _Read,
+    values: _Read,
     live: Bool[Array, "#n 1 #m block"],
 ) -> _Softmax:
     largest, total, out = carry
-    scores = _einsum("nhmk,nhtk->nhmt", query, keys) / math.sqrt(query.shape[-1])
+    scores = _einsum("nhmk,nhtk->nhmt", query, keys.numbers) / math.sqrt(query.shape[-1])
+    if keys.scales is not None:
+        scores *= keys.scales[:, :, None, :]
     scores = jnp.where(live, scores, _MASKED)
     new = jnp.maximum(largest, jnp.max(scores, axis=-1))
     weights = jnp.where(live, jnp.exp(scores - new[..., None]), 0.0)
     shrink = jnp.exp(largest - new)
-    weighted = _einsum("nhmt,nhtk->nhmk", weights, values.astype(jnp.float32))
+    scaled = weights if values.scales is None else weights * values.scales[:, :, None, :]
+    weighted = _einsum("nhmt,nhtk->nhmk", scaled, values.numbers.astype(jnp.float32))
     return new, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + weighted
 
 

@@ -1,10 +1,10 @@
 """Decoder layers and language-model head for a few generated tokens, in CUDA C++ (`cuda/`), for NVIDIA GPUs.
 
 Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits
-for the one before, and the memory idles meanwhile. A layer is therefore one call of eight kernels that overlap: each
-product fetches its first weights while its predecessor still runs (programmatic dependent launch), which kernels of XLA
-and of Pallas's Triton backend do not. The mathematics is that of `model.Block` with `quantization.dot`; only the order
-of float additions differs.
+for the one before, and the memory idles meanwhile. A layer is therefore one call of five to nine kernels that overlap:
+each product fetches its first weights while its predecessor still runs (programmatic dependent launch), which kernels
+of XLA and of Pallas's Triton backend do not. The mathematics is that of `model.Block` with `quantization.dot`; only the
+order of float additions differs.
 
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
 """
@@ -28,7 +28,8 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels.pallas_device import compute_capability
-from elastic_jax.model import Block, rotary_frequencies
+from elastic_jax.kv_cache import QuantizedCache
+from elastic_jax.model import Block, rotation
 from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import QArray
 
@@ -42,13 +43,16 @@ _TARGETS = {"elastic_decode_layer": "ElasticDecodeLayer", "elastic_decode_head":
 _HEADS = {(64, 1), (64, 3), (64, 4), (128, 1), (128, 4)}
 """(head's size, query heads a key-value head) that the attention is built for."""
 
-_WARPS, _CHUNK, _TILE_ROWS = 16, 64, 8
+_CHUNK, _TILE_ROWS = 64, 8
 _SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 """Bytes that a block may have, by compute capability (CUDA programming guide, technical specifications). The library
 has machine code for 8.0, 8.9 and 9.0, which later ones of the same generation run and others do not."""
 
 _MULTIPROCESSORS = 256
 """No fewer than any supported GPU has; sizes a small buffer."""
+
+_MOST_HIDDEN = 12288
+"""What a block normalizes at once (cuda/activations.cuh)."""
 
 _ALIGNMENT = 256
 
@@ -60,15 +64,24 @@ class ProductTiles(NamedTuple):
         row_tiles: times 8 outputs that a block computes at once.
         depth: chunks of weights in flight a warp.
         parts: blocks that share one contraction.
+        ahead: chunks a row that a block asks the L2 cache for while it waits for activations.
     """
 
     row_tiles: int
     depth: int
     parts: int
+    ahead: int
 
 
-_BUILT = ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (4, 6), (1, 8), (2, 4), (2, 3))
-"""(row_tiles, depth) that the kernels are built for, the usually fastest first; `row_tiles` must be even for SwiGLU."""
+_BUILT = (
+    ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (1, 8), (2, 4), (2, 3)),
+    ((2, 12), (4, 8), (2, 8), (2, 7), (4, 4), (2, 6), (1, 12), (4, 3), (1, 8), (2, 4)),
+)
+"""(row_tiles, depth) that the kernels are built for (cuda/layer.cuh), the usually fastest first: for 8 tokens at most
+(and for bf16), and for more. `row_tiles` must be even for SwiGLU."""
+
+_AHEAD = 64
+"""`ahead` where nobody has measured: 5 MB of a product's weights on a large GPU."""
 
 
 def library_path() -> Path:
@@ -108,6 +121,10 @@ def check_model(config: ModelConfig) -> None:
         raise ConfigError(
             f"{_NAME} takes heads of (size, query heads a key-value head) {sorted(_HEADS)}, found {shape}; {_INSTEAD}"
         )
+    if config.hidden_size > _MOST_HIDDEN:
+        raise ConfigError(
+            f"{_NAME} takes hidden sizes of {_MOST_HIDDEN} at most, found {config.hidden_size}; {_INSTEAD}"
+        )
     for name, group in model_groups(config).items():
         if group.in_size % (2 * _CHUNK) or group.out_size % (2 * _TILE_ROWS):
             raise ConfigError(
@@ -136,7 +153,7 @@ def takes(layers: Sequence[Block], tokens: int) -> bool:
 
 
 def run_layers(
-    layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Array, ...], batch: TokenBatch
+    layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Any, ...], batch: TokenBatch
 ) -> tuple[BFloat16[Array, "tokens hidden"], tuple[Array, ...]]:
     """All layers over generated tokens.
 
@@ -152,11 +169,13 @@ def run_layers(
     Raises:
         ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
     """
+    if any(isinstance(cache, QuantizedCache) for cache in kv):
+        raise ConfigError(f"{_NAME} takes a KV cache in bfloat16, found int8; {_INSTEAD}")
     register()
     capability = compute_capability(_NAME, _INSTEAD)
     tokens, hidden = x.shape
     config = layers[0].attention.config
-    frequency = rotary_frequencies(config.head_dim, config.rope_theta)
+    cosine, sine = rotation(batch.position, config.head_dim, config.rope_theta)
     added = jnp.zeros((0, tokens, hidden), jnp.float32)
     written = []
     for i, (layer, cache) in enumerate(zip(layers, kv, strict=True)):
@@ -177,8 +196,8 @@ def run_layers(
                 added,
                 layer.attention_norm.weight.get_value(),
                 layer.mlp_norm.weight.get_value(),
-                frequency,
-                batch.position,
+                cosine,
+                sine,
                 batch.slot,
                 batch.row,
                 batch.block_table,
@@ -205,7 +224,7 @@ def run_head(norm: RMSNorm, weight: Any, x: BFloat16[Array, "rows hidden"]) -> F
     capability = compute_capability(_NAME, _INSTEAD)
     rows, hidden = x.shape
     tiles = choose_tiles(capability, weight, rows, paired=False, whole=True)
-    scratch = sum(map(_aligned, (2 * rows * hidden, 2 * rows * hidden, 4 * rows)))
+    scratch = sum(map(_aligned, (2 * rows * hidden, 2 * _padded(rows) * hidden, 4 * rows)))
     logits, _ = jax.ffi.ffi_call(
         "elastic_decode_head",
         (
@@ -245,8 +264,8 @@ def _leaves(weight: Any) -> tuple[Array, Array]:
 
 
 def _splits(tokens: int, kv_heads: int) -> int:
-    """Pieces of a context at most: enough blocks for a large device, and no more than joining is cheap for."""
-    return max(1, min(16, 512 // (tokens * kv_heads)))
+    """Pieces of a context at most, a power of two: enough blocks for a large device, in clusters that it can hold."""
+    return 1 << (max(1, min(16, 256 // (tokens * kv_heads))).bit_length() - 1)
 
 
 def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTiles, ...]:
@@ -277,7 +296,7 @@ def choose_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, who
     measured = measured_tiles().get((capability, precision, out, contraction), {})
     bound = min((bound for bound in measured if bound >= tokens), default=None)
     fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
-    if bound is not None and measured[bound] in fitting:
+    if bound is not None and measured[bound]._replace(ahead=_AHEAD) in fitting:
         return measured[bound]
     if not fitting:
         raise ConfigError(f"{_NAME}: no tiles of {weight.shape} fit {tokens} tokens; {_INSTEAD}")
@@ -294,16 +313,18 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
     chunks = contraction * (1 if quantized else 2) // _CHUNK
     planes = 2 if quantized else 1
     octets = planes * -(-tokens // 8) * min(tokens, 8)
-    sizes = sorted((size for size in _BUILT if size[0] % 2 == 0), key=lambda size: -size[0]) if paired else _BUILT
+    many = quantized and tokens > 8
+    warps, built = (8 if many else 16), _BUILT[many]
+    sizes = sorted((size for size in built if size[0] % 2 == 0), key=lambda size: -size[0]) if paired else built
     for parts in (1, 2, 4, 8, 16):
         if chunks % parts or (whole and parts > 1):
             continue
         for row_tiles, depth in sizes:
-            ring = _WARPS * depth * row_tiles * _TILE_ROWS * _CHUNK
-            sums = _WARPS * row_tiles * _TILE_ROWS * tokens * 4
+            ring = warps * depth * row_tiles * _TILE_ROWS * _CHUNK
+            sums = (2 if tokens <= 8 else 1) * warps * row_tiles * _TILE_ROWS * tokens * 4
             fits = ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared
             if fits and out % (_TILE_ROWS * row_tiles) == 0:
-                yield ProductTiles(row_tiles, depth, parts)
+                yield ProductTiles(row_tiles, depth, parts, _AHEAD)
 
 
 @functools.cache
@@ -320,19 +341,25 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def _padded(tokens: int) -> int:
+    """Tokens as packed activations have them: beyond 8, those of whole octets."""
+    return tokens if tokens <= 8 else -(-tokens // 8) * 8
+
+
 def scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
-    """What `decode_layer` (cuda/decode.cu) takes of its scratch memory, in its order."""
+    """What `run_layer` (cuda/layer.cuh) takes of its scratch memory, in its order."""
     qkv, o, _, _ = tiles
     heads = config.num_heads * config.head_dim
     sizes = (
         2 * tokens * config.hidden_size,  # residual stream before the MLP, bf16
-        2 * tokens * max(config.hidden_size, heads, config.intermediate_size),  # packed activations
+        2 * _padded(tokens) * max(config.hidden_size, heads, config.intermediate_size),  # packed activations
         4 * tokens,  # their scales
         4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size),
         4 * tokens * splits * heads,  # pieces of attention
         8 * tokens * splits * config.num_heads,
         4 * tokens * heads,  # attention
         4 * config.num_kv_heads * tokens,
+        4 * config.num_kv_heads * tokens,  # pieces of attention that are done
         4 * o.parts * tokens * config.hidden_size,
         4 * tokens * config.intermediate_size,
         4 * _MULTIPROCESSORS * tokens,

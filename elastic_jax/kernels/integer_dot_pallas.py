@@ -251,7 +251,7 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks:
 
 
 def _measured(capability: int, rows: int, out: int, contraction: int, blocks: int) -> DotTiles | None:
-    measured = _measured_tiles().get((capability, out, contraction, blocks), {})
+    measured = measured_tiles().get((capability, out, contraction, blocks), {})
     bound = min((bound for bound in measured if bound >= rows), default=max(measured, default=None))
     return None if bound is None else measured[bound]
 
@@ -267,7 +267,7 @@ def _for_blocks(tiles: DotTiles, block: int, blocks: int) -> DotTiles:
 
 
 @functools.cache
-def _measured_tiles() -> dict[tuple[int, int, int, int], dict[int, DotTiles]]:
+def measured_tiles() -> dict[tuple[int, int, int, int], dict[int, DotTiles]]:
     """(compute capability, outputs, contraction, blocks) -> the most rows that tiles were chosen for -> tiles."""
     table: dict[tuple[int, int, int, int], dict[int, DotTiles]] = {}
     for entry in json.loads(resources.files(__package__).joinpath("integer_dot_tiles.json").read_text()):

@@ -56,6 +56,8 @@ def tiny_step_config(**changes: Any) -> StepConfig:
         "attention": "xla",
         "integer_dot": "xla",
         "decode": "xla",
+        "sampling": "xla",
+        "kv": "full",
     }
     return StepConfig(**(sizes | changes))
 

@@ -2,34 +2,39 @@
 // rotary embedding, and writing this step's keys and values.
 //
 // A token's context is cut into at most `splits` pieces of whole pages, one block each per key-value head: a block
-// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. A
-// second kernel joins the pieces (flash-decoding).
+// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. Keys
+// and values of older steps are loaded before the kernel waits for its predecessor.
+//
+// The pieces are joined at the end (flash-decoding): on Hopper the blocks of a context are a cluster, whose first reads
+// the others' shared memory; before, the block that ends last reads them from global memory.
 
 #pragma once
 
-#include "products.cuh"
+#include "packing.cuh"
 
 namespace elastic {
 
 constexpr int kAttentionWarps = 8;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
-constexpr int kMostSplits = 32;
+constexpr int kMostSplits = 16;
 
 struct AttentionArguments {
   const float* qkv;  // [parts][tokens][(heads + 2 * kv_heads) * dim]
   int parts;
-  const float* frequency;  // [dim / 2], of the rotary embedding
-  const int* position;     // [tokens]
-  const int* slot;         // [tokens]; `slots` for none
-  const int* row;          // [tokens]; `rows` for padding
+  const float* cosine;  // [tokens][dim / 2], of the rotary embedding
+  const float* sine;
+  const int* slot;  // [tokens]; `slots` for none
+  const int* row;   // [tokens]; `rows` for padding
   const int* block_table;  // [rows][pages]
   const int* context_length;  // [rows], with this step's token
   __nv_bfloat16* kv;          // [slots][2][kv_heads][dim]
   int tokens, rows, pages, page_size, slots, kv_heads, splits;
-  float* partial;  // [tokens][splits][heads][dim], sums of exp2(score - largest) * value
-  float* state;    // [tokens][splits][heads][2], largest score and the sum of exp2
-  float* out;      // [tokens][heads][dim]
-  float* maxima;   // [kv_heads][tokens], largest magnitude of `out`
+  float* out;     // [tokens][heads][dim]
+  float* maxima;  // [kv_heads][tokens], largest magnitude of `out`
+  // Where there are no clusters:
+  float* partial;   // [tokens][splits][heads][dim], sums of exp2(score - largest) * value
+  float* state;     // [tokens][splits][heads][2], largest score and the sum of exp2
+  uint32_t* ended;  // [tokens][kv_heads], zero: pieces that are done
 };
 
 __device__ __forceinline__ int context_of(const AttentionArguments& a, int token) {
@@ -52,8 +57,66 @@ __device__ __forceinline__ void unpack8(const uint4& v, float (&x)[8]) {
   }
 }
 
+// Waits for all blocks of the cluster; what they wrote to their shared memory can be read.
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// A float of the shared memory of the cluster's block number `rank`.
+__device__ __forceinline__ float load_of_cluster(const float* mine, int rank) {
+  float value = 0;
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
+               : "=f"(value)
+               : "r"(address), "r"(rank)
+               : "memory");
+#endif
+  return value;
+}
+
+// The pieces of one token and key-value head, joined. `state(piece, g, which)` and `partial(piece, g, d)` load them.
+template <int kDim, int kGroup, typename State, typename Partial>
+__device__ __forceinline__ void join_pieces(const AttentionArguments& a, int token, int head, int pieces,
+                                            const State& state, const Partial& partial) {
+  __shared__ float by[kGroup][kMostSplits];
+  __shared__ uint32_t largest;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) largest = 0;
+  static_assert(kMostSplits <= 32 && kGroup <= kAttentionWarps);
+  if (warp < kGroup) {
+    const float mine = lane < pieces ? state(lane, warp, 0) : -1e30f;
+    float all = lane < pieces ? state(lane, warp, 1) : 0.0f, most = mine;
+#pragma unroll
+    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    const float weight = exp2f(mine - most);
+    all *= weight;
+#pragma unroll
+    for (int d = 16; d; d /= 2) all += __shfl_xor_sync(~0u, all, d);
+    if (lane < kMostSplits) by[warp][lane] = weight / all;
+  }
+  __syncthreads();
+  float most = 0;
+  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
+    const int g = i / kDim, d = i % kDim;
+    float sum = 0;
+#pragma unroll 8
+    for (int s = 0; s < pieces; ++s) sum += by[g][s] * partial(s, g, d);
+    a.out[(static_cast<int64_t>(token) * a.kv_heads * kGroup + head * kGroup + g) * kDim + d] = sum;
+    most = fmaxf(most, fabsf(sum));
+  }
+#pragma unroll
+  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  if (lane == 0) atomicMax(&largest, __float_as_uint(most));
+  __syncthreads();
+  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+}
+
+// At most 128 registers a thread: the next product's blocks start beside these.
 template <int kDim, int kGroup>
-__global__ void __launch_bounds__(kAttentionThreads, 1) attention(const AttentionArguments a) {
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
   constexpr int kLanes = kDim / 8;            // of one key
   constexpr int kAtOnce = 32 / kLanes;        // keys of a warp
   constexpr int kBlock = 64 / kAttentionWarps;  // keys of a warp in 64 of context
@@ -62,16 +125,53 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
   __shared__ __align__(16) float query[kGroup][kDim];
   __shared__ __align__(16) float merged[kAttentionWarps][kGroup][kDim];
   __shared__ float states[kAttentionWarps][kGroup][2];
+  __shared__ __align__(16) __nv_bfloat16 newest_kv[2][kDim];
+  __shared__ float joined_state[kGroup][2];
   const int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int heads = a.kv_heads * kGroup;
   release_successor();
-  wait_for_predecessor();
 
   const int context = context_of(a, token);
   const int piece = piece_length(a, context);
   const int begin = split * piece, end = min(context, begin + piece);
+  if (context == 0 && split == 0) {  // padding
+    wait_for_predecessor();
+    for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads)
+      a.out[(static_cast<int64_t>(token) * heads + head * kGroup) * kDim + i] = 0;
+    if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = 0;
+  }
   if (begin >= end) return;
+
+  const int part = lane % kLanes, mine = lane / kLanes;
+  const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
+  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
+  uint4 keys[kTurns], values[kTurns];
+  auto load = [&](int first) {
+    const bool any = first < end;
+    const int page = any ? table[first / a.page_size] : 0;
+    const __nv_bfloat16* const from =
+        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      const int key = first + t * kAtOnce + mine;
+      const bool old = any && key < end && key != context - 1;  // this step's is not in the cache yet
+      keys[t] = values[t] = make_uint4(0, 0, 0, 0);
+      if (old) keys[t] = *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride);
+      if (old) values[t] = *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim);
+    }
+  };
+  load(begin + warp * kBlock);
+  const int slot = a.slot[token];
+  constexpr int kRotated = ((kGroup + 2) * kDim / 2 + kAttentionThreads - 1) / kAttentionThreads;
+  float cosines[kRotated], sines[kRotated];
+#pragma unroll
+  for (int e = 0; e < kRotated; ++e) {
+    const int at = token * (kDim / 2) + (e * kAttentionThreads + static_cast<int>(threadIdx.x)) % (kDim / 2);
+    cosines[e] = a.cosine[at];
+    sines[e] = a.sine[at];
+  }
+  wait_for_predecessor();
 
   const int width = (heads + 2 * a.kv_heads) * kDim;
   auto qkv = [&](int at) {
@@ -80,36 +180,40 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
     return sum;
   };
   const bool newest = end == context;
-  const int slot = a.slot[token];
-  __nv_bfloat16* const cache = a.kv + (static_cast<int64_t>(slot) * 2 * a.kv_heads + head) * kDim;
-  const bool writes = newest && slot < a.slots;
-  for (int i = threadIdx.x; i < (kGroup + 2) * kDim / 2; i += kAttentionThreads) {
-    const int which = i / (kDim / 2), d = i % (kDim / 2);
-    if (which > kGroup) {
-      if (!writes) continue;
-      const int at = (heads + a.kv_heads + head) * kDim + d;
-      cache[a.kv_heads * kDim + d] = __float2bfloat16_rn(qkv(at));
-      cache[a.kv_heads * kDim + d + kDim / 2] = __float2bfloat16_rn(qkv(at + kDim / 2));
+  // Pairs (d, d + dim / 2) of the group's queries, the key and the value; all loads are under way before the first is used.
+  constexpr int kHalf = kDim / 2, kPairs = (kGroup + 2) * kHalf;
+  constexpr int kEach = (kPairs + kAttentionThreads - 1) / kAttentionThreads;
+  float pair[kEach][2];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = e * kAttentionThreads + static_cast<int>(threadIdx.x), which = i / kHalf;
+    if (i >= kPairs || (which >= kGroup && !newest)) continue;
+    const int from = which < kGroup ? head * kGroup + which : heads + (which - kGroup) * a.kv_heads + head;
+    pair[e][0] = qkv(from * kDim + i % kHalf);
+    pair[e][1] = qkv(from * kDim + i % kHalf + kHalf);
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = e * kAttentionThreads + static_cast<int>(threadIdx.x), which = i / kHalf, d = i % kHalf;
+    if (i >= kPairs || (which >= kGroup && !newest)) continue;
+    const bool rotates = which <= kGroup;  // all but the value
+    const float cosine = rotates ? cosines[e] : 1.0f, sine = rotates ? sines[e] : 0.0f;
+    const __nv_bfloat16 low = __float2bfloat16_rn(pair[e][0] * cosine - pair[e][1] * sine);
+    const __nv_bfloat16 high = __float2bfloat16_rn(pair[e][1] * cosine + pair[e][0] * sine);
+    if (which < kGroup) {
+      query[which][d] = __bfloat162float(low);
+      query[which][d + kHalf] = __bfloat162float(high);
       continue;
     }
-    if (which == kGroup && !writes) continue;
-    const int at = (which == kGroup ? heads + head : head * kGroup + which) * kDim + d;
-    const float first = qkv(at), second = qkv(at + kDim / 2);
-    float sine, cosine;
-    sincosf(static_cast<float>(a.position[token]) * a.frequency[d], &sine, &cosine);
-    const __nv_bfloat16 low = __float2bfloat16_rn(first * cosine - second * sine);
-    const __nv_bfloat16 high = __float2bfloat16_rn(second * cosine + first * sine);
-    if (which == kGroup) {
-      cache[d] = low;
-      cache[d + kDim / 2] = high;
-    } else {
-      query[which][d] = __bfloat162float(low);
-      query[which][d + kDim / 2] = __bfloat162float(high);
-    }
+    newest_kv[which - kGroup][d] = low;
+    newest_kv[which - kGroup][d + kHalf] = high;
+    if (slot >= a.slots) continue;
+    __nv_bfloat16* const cache = a.kv + ((static_cast<int64_t>(slot) * 2 + which - kGroup) * a.kv_heads + head) * kDim;
+    cache[d] = low;
+    cache[d + kHalf] = high;
   }
   __syncthreads();
 
-  const int part = lane % kLanes, mine = lane / kLanes;
   float q[kGroup][8], out[kGroup][8], largest[kGroup], total[kGroup];
   const float factor = rsqrtf(static_cast<float>(kDim)) * 1.44269504088896f;
 #pragma unroll
@@ -123,21 +227,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
     }
   }
 
-  const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
-  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
-  for (int block = begin; block < end; block += 64) {
-    const int first = block + warp * kBlock;
-    if (first >= end) break;
-    const int page = table[first / a.page_size];
-    const __nv_bfloat16* const from =
-        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
-    uint4 keys[kTurns], values[kTurns];
+  for (int first = begin + warp * kBlock; first < end; first += 64) {
+    const int now = context - 1 - first - mine;  // where this step's token is
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
-      const bool live = first + t * kAtOnce + mine < end;
-      keys[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride) : make_uint4(0, 0, 0, 0);
-      values[t] = live ? *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim)
-                       : make_uint4(0, 0, 0, 0);
+      if (now != t * kAtOnce) continue;
+      keys[t] = *reinterpret_cast<const uint4*>(&newest_kv[0][part * 8]);
+      values[t] = *reinterpret_cast<const uint4*>(&newest_kv[1][part * 8]);
     }
     float scores[kTurns][kGroup];
 #pragma unroll
@@ -180,6 +276,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
 #pragma unroll
         for (int i = 0; i < 8; ++i) out[g][i] += scores[t][g] * value[i];
     }
+    load(first + 64);
   }
 
   // The keys of a warp, then the warps.
@@ -205,7 +302,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
     }
   }
   __syncthreads();
-  const int64_t place = (static_cast<int64_t>(token) * a.splits + split) * heads + head * kGroup;
+  // The warps' sums, in the first's place.
   for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
     const int g = i / kDim, d = i % kDim;
     float most = -1e30f;
@@ -218,53 +315,40 @@ __global__ void __launch_bounds__(kAttentionThreads, 1) attention(const Attentio
       sum += merged[w][g][d] * by;
       all += states[w][g][1] * by;
     }
-    a.partial[(place + g) * kDim + d] = sum;
+    merged[0][g][d] = sum;
     if (d == 0) {
-      a.state[(place + g) * 2] = most;
-      a.state[(place + g) * 2 + 1] = all;
+      joined_state[g][0] = most;
+      joined_state[g][1] = all;
     }
   }
-}
-
-template <int kDim, int kGroup>
-__global__ void __launch_bounds__(kAttentionThreads) join_pieces(const AttentionArguments a) {
-  __shared__ float by[kGroup][kMostSplits];
-  __shared__ uint32_t largest;
-  const int token = blockIdx.x, head = blockIdx.y;
-  const int heads = a.kv_heads * kGroup;
-  release_successor();
-  if (threadIdx.x == 0) largest = 0;
-  wait_for_predecessor();
-  const int context = context_of(a, token);
-  const int piece = piece_length(a, context);
   const int pieces = (context + piece - 1) / piece;
+#if __CUDA_ARCH__ >= 900
+  wait_for_cluster();
+  if (split == 0) {
+    join_pieces<kDim, kGroup>(
+        a, token, head, pieces, [&](int s, int g, int which) { return load_of_cluster(&joined_state[g][which], s); },
+        [&](int s, int g, int d) { return load_of_cluster(&merged[0][g][d], s); });
+  }
+  wait_for_cluster();  // nobody's memory may go before it is read
+#else
+  __shared__ bool last;
+  __syncthreads();
   const int64_t place = static_cast<int64_t>(token) * a.splits * heads + head * kGroup;
-  if (threadIdx.x < kGroup) {
-    const int g = threadIdx.x;
-    float most = -1e30f, all = 0;
-    for (int s = 0; s < pieces; ++s) most = fmaxf(most, a.state[(place + static_cast<int64_t>(s) * heads + g) * 2]);
-    for (int s = 0; s < pieces; ++s) {
-      const float* const state = a.state + (place + static_cast<int64_t>(s) * heads + g) * 2;
-      by[g][s] = exp2f(state[0] - most);
-      all += by[g][s] * state[1];
-    }
-    for (int s = 0; s < pieces; ++s) by[g][s] /= all;
-  }
+  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads)
+    a.partial[(place + static_cast<int64_t>(split) * heads) * kDim + i] = merged[0][i / kDim][i % kDim];
+  if (threadIdx.x < 2 * kGroup)
+    a.state[(place + static_cast<int64_t>(split) * heads) * 2 + threadIdx.x] = joined_state[threadIdx.x / 2][threadIdx.x % 2];
+  __threadfence();
   __syncthreads();
-  float most = 0;
-  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
-    const int g = i / kDim, d = i % kDim;
-    float sum = 0;
-#pragma unroll 4
-    for (int s = 0; s < pieces; ++s) sum += by[g][s] * a.partial[(place + static_cast<int64_t>(s) * heads + g) * kDim + d];
-    a.out[(static_cast<int64_t>(token) * heads + head * kGroup + g) * kDim + d] = sum;
-    most = fmaxf(most, fabsf(sum));
-  }
-#pragma unroll
-  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-  if (threadIdx.x % 32 == 0) atomicMax(&largest, __float_as_uint(most));
+  if (threadIdx.x == 0) last = atomicAdd(a.ended + token * a.kv_heads + head, 1u) + 1 == static_cast<uint32_t>(pieces);
   __syncthreads();
-  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+  if (!last) return;
+  __threadfence();
+  auto at = [&](int s, int g) { return place + static_cast<int64_t>(s) * heads + g; };
+  join_pieces<kDim, kGroup>(
+      a, token, head, pieces, [&](int s, int g, int which) { return __ldcg(a.state + at(s, g) * 2 + which); },
+      [&](int s, int g, int d) { return __ldcg(a.partial + at(s, g) * kDim + d); });
+#endif
 }
 
 }  // namespace elastic

@@ -1,146 +1,92 @@
 // Products of a few tokens with a weight, bound by reading the weight once.
 //
-// A weight [out, in] is read in chunks: 8 outputs times 64 bytes of the contraction, 16 bytes a lane. Such a chunk is the
-// right operand of the tensor cores (m16n8k32 for int8, m16n8k16 for bf16), as it lies: the order of the contraction's
-// elements inside a chunk is any, if the activations have the same. Their rows are the left operand, and few of its 16
-// rows are used, which costs nothing while reading is the limit.
+// A block keeps the activations of its part of the contraction in shared memory (packing.cuh) and walks over tiles of
+// outputs; its warps share every tile's chunks, each with its own ring of chunks in flight, and add their sums in shared
+// memory. Weights never change, so the ring is filled before the kernel waits for its predecessor in the stream, and the
+// L2 cache is asked for what comes after it: the memory is not idle while activations are made.
 //
-// Activations are laid out for that ("packed"): [chunk][octet][token of the octet][64 bytes]. An octet is one half of the
-// left operand's rows. With int8 weights a token has two rows, the high and low plane of a 16-bit activation
-// (quantization.py): octets 2m and 2m + 1 are the planes of tokens 8m to 8m + 7. With bf16 weights it has one.
-//
-// A block keeps the activations of its part of the contraction in shared memory and walks over tiles of outputs; its
-// warps share every tile's chunks, each with its own ring of chunks in flight, and add their sums in shared memory. The
-// ring is filled before the kernel waits for its predecessor in the stream: weights never change.
-//
-// Activations arrive packed (activations.cuh), or as float32 rows that every block packs for itself.
+// Activations come packed (activations.cuh); or, where they are few, as what every block packs for itself: float32 rows,
+// or a residual stream that wants RMSNorm.
 
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include <cstdint>
+#include "packing.cuh"
 
 namespace elastic {
 
-constexpr int kWarps = 16;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kChunkBytes = 64;  // of one output's row
-constexpr int kTileRows = 8;     // outputs of one chunk
-constexpr int kLaneChunk = kTileRows * kChunkBytes;
+// Warps of a block. Many tokens leave little shared memory for the ring, and few warps waste less of it on sums.
+template <int kMTiles>
+constexpr int kWarpsFor = kMTiles == 1 ? 16 : 8;
 
-// Lets the next kernel of the stream start, as far as its `wait_for_predecessor`.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
+constexpr int kNormVectors = 3;  // of 4 values that a thread has of a residual stream at most
 
-// Waits until everything that the kernel before wrote can be read; nothing but weights may be touched earlier.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-struct Int8 {
-  using Sum = int32_t;
-  static constexpr int kPlanes = 2;
-
-  __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
-  }
-};
-
-struct Bf16 {
-  using Sum = float;
-  static constexpr int kPlanes = 1;
-
-  __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
-  }
-};
-
-// How activations of some tokens are packed.
-struct Packing {
+struct NormInput {
+  const __nv_bfloat16* residual;  // [tokens][hidden]
+  const float* added;             // [parts][tokens][hidden], a product that the residual stream lacks yet; parts may be 0
+  int parts;
+  const __nv_bfloat16* weight;  // [hidden]
+  float eps;
   int tokens;
-  int octets;
-  int octet_tokens;  // 8, or all tokens where they are fewer
-
-  __host__ __device__ Packing(int tokens_, int planes)
-      : tokens(tokens_), octets(planes * ((tokens_ + 7) / 8)), octet_tokens(tokens_ < 8 ? tokens_ : 8) {}
-
-  __host__ __device__ int chunk_bytes() const { return octets * octet_tokens * kChunkBytes; }
-
-  // Where 64 bytes of one token's plane begin.
-  __device__ int64_t at(int chunk, int plane, int planes, int token) const {
-    const int octet = token / 8 * planes + plane;
-    return (static_cast<int64_t>(chunk * octets + octet) * octet_tokens + token % 8) * kChunkBytes;
-  }
+  int hidden;
+  __nv_bfloat16* out;  // [tokens][hidden], the residual stream with `added`
 };
 
-
-constexpr float kPlaneMax = 127.0f * 256.0f;  // largest 16-bit activation (quantization.py)
-
-__device__ __forceinline__ float plane_scale(float largest) {
-  const float scale = largest / kPlaneMax;
-  return scale < 1.17549435e-38f ? 1.0f : scale;
-}
-
-// The high and low planes of 4 activations, as bytes of two words.
-__device__ __forceinline__ void split_planes(const float (&x)[4], float inverse, uint32_t& high, uint32_t& low) {
-  high = low = 0;
+// Four values of the residual stream with what it lacks, at index k of a token.
+__device__ __forceinline__ void load_residual(const NormInput& n, int token, int k, __nv_bfloat16 (&x)[4]) {
+  const int64_t at = static_cast<int64_t>(token) * n.hidden + k;
+  float added[4] = {0, 0, 0, 0};
+  *reinterpret_cast<uint2*>(x) = *reinterpret_cast<const uint2*>(n.residual + at);
+#pragma unroll 8
+  for (int part = 0; part < n.parts; ++part) {
+    const float4 v = *reinterpret_cast<const float4*>(n.added + static_cast<int64_t>(part) * n.tokens * n.hidden + at);
+    added[0] += v.x;
+    added[1] += v.y;
+    added[2] += v.z;
+    added[3] += v.w;
+  }
+  // Both roundings are the model's: the product becomes bf16, and so does the residual stream.
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float bounded = fminf(fmaxf(x[i] * inverse, -kPlaneMax), kPlaneMax);
-    const int q = __float2int_rn(bounded);
-    const int h = (q + 128) >> 8;
-    high |= static_cast<uint32_t>(h & 255) << (8 * i);
-    low |= static_cast<uint32_t>((q - (h << 8)) & 255) << (8 * i);
-  }
+  for (int i = 0; i < 4; ++i)
+    x[i] = __float2bfloat16_rn(__bfloat162float(x[i]) + __bfloat162float(__float2bfloat16_rn(added[i])));
 }
 
-__device__ __forceinline__ uint32_t bf16_pair(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-  return *reinterpret_cast<const uint32_t*>(&pair);
+// RMSNorm of one token by a block of kThreads: each thread's values, still to be multiplied by the factor that it returns,
+// and the scale of 16-bit activations. The largest normalized value needs no second pass: it is the largest of
+// x * weight, scaled. `scratch` holds 2 floats a warp.
+template <int kThreads>
+__device__ __forceinline__ float normalize(const NormInput& n, int token, bool writes, float (&values)[kNormVectors][4],
+                                           float& scale, float* scratch) {
+  float square = 0, largest = 0;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int k = (v * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (k >= n.hidden) break;
+    __nv_bfloat16 x[4], weight[4];
+    *reinterpret_cast<uint2*>(weight) = *reinterpret_cast<const uint2*>(n.weight + k);
+    load_residual(n, token, k, x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float value = __bfloat162float(x[i]);
+      square += value * value;
+      values[v][i] = value * __bfloat162float(weight[i]);
+      largest = fmaxf(largest, fabsf(values[v][i]));
+    }
+    if (writes) *reinterpret_cast<uint2*>(n.out + static_cast<int64_t>(token) * n.hidden + k) = *reinterpret_cast<uint2*>(x);
+  }
+  reduce_block(square, largest, scratch);
+  const float factor = rsqrtf(square / n.hidden + n.eps);
+  scale = plane_scale(largest * factor);
+  return factor;
 }
 
-// Writes 4 activations of one token, at contracted index k (a multiple of 4 of this block's part), into packed ones.
-template <typename Weight>
-__device__ __forceinline__ void pack4(uint8_t* packed, const Packing& packing, int token, int k, const float (&x)[4],
-                                      float inverse) {
-  if constexpr (Weight::kPlanes == 2) {
-    const int chunk = k / kChunkBytes, byte = k % kChunkBytes;
-    uint32_t high, low;
-    split_planes(x, inverse, high, low);
-    *reinterpret_cast<uint32_t*>(packed + packing.at(chunk, 0, 2, token) + byte) = high;
-    *reinterpret_cast<uint32_t*>(packed + packing.at(chunk, 1, 2, token) + byte) = low;
-  } else {
-    const int chunk = 2 * k / kChunkBytes, byte = 2 * k % kChunkBytes;
-    *reinterpret_cast<uint2*>(packed + packing.at(chunk, 0, 1, token) + byte) =
-        make_uint2(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]));
-  }
-}
+// A weight's tiles that the kernel after the next will read first.
+struct NextWeight {
+  const uint8_t* values;  // none if null
+  int64_t row_bytes;
+  int half;       // outputs, or half of them if SwiGLU follows
+  int tile_rows;  // outputs of a tile in each half
+  int pairs;      // halves
+};
 
 struct ProductArguments {
   const uint8_t* weight;       // [outputs][row_bytes]
@@ -149,53 +95,125 @@ struct ProductArguments {
   int64_t row_bytes;
   int tokens;
   int parts;  // of the contraction, each computed by other blocks
+  int ahead;  // chunks a row beyond the ring that a block asks the L2 cache for
+  NextWeight next;
   // Either packed activations and, for int8, their scales [tokens]...
   const uint8_t* packed;
   const float* token_scales;
-  // ... or rows [tokens][contraction], and for int8 maxima [maxima_count][tokens] whose largest is each row's.
+  // ... or rows [tokens][contraction], and for int8 maxima [maxima_count][tokens] whose largest is each row's...
   const float* rows;
   const float* maxima;
   int maxima_count;
+  // ... or a residual stream, which is normalized.
+  NormInput norm;
   // Plain: out [parts][tokens][outputs]. SwiGlu: out [tokens][outputs / 2] = silu(first half) * second half, and
   // out_maxima [blocks][tokens], the largest magnitude that each block wrote.
   float* out;
   float* out_maxima;
+  // Counters of a later kernel, which the first block sets to zero.
+  uint32_t* counters;
+  int counters_count;
 };
 
-template <int kRowTiles, int kDepth>
+template <int kMTiles, int kRowTiles, int kDepth>
 __host__ __device__ constexpr int ring_bytes() {
-  return kWarps * kDepth * kRowTiles * kLaneChunk;
+  return kWarpsFor<kMTiles> * kDepth * kRowTiles * kLaneChunk;
 }
 
-template <int kRowTiles>
+// Of sums: a tile's are added up while the next one's are made, where there is room for both.
+__host__ __device__ constexpr int sum_buffers(int tokens) { return tokens <= 8 ? 2 : 1; }
+
+template <int kMTiles, int kRowTiles>
 __host__ __device__ constexpr int sums_bytes(int tokens) {
-  return kWarps * kRowTiles * kTileRows * tokens * static_cast<int>(sizeof(float));
+  return sum_buffers(tokens) * kWarpsFor<kMTiles> * kRowTiles * kTileRows * tokens * static_cast<int>(sizeof(float));
 }
 
-constexpr int kMostTokens = 16;
 constexpr int kPackedAtOnce = 8;
 constexpr int kScalesBytes = 2 * kMostTokens * sizeof(float);
 
-template <typename Weight, int kRowTiles, int kDepth>
+template <typename Weight, int kMTiles, int kRowTiles, int kDepth>
 int product_shared_bytes(int tokens, int64_t row_bytes, int parts) {
   const int chunks = static_cast<int>(row_bytes / kChunkBytes) / parts;
-  return ring_bytes<kRowTiles, kDepth>() + sums_bytes<kRowTiles>(tokens) + kScalesBytes +
+  return ring_bytes<kMTiles, kRowTiles, kDepth>() + sums_bytes<kMTiles, kRowTiles>(tokens) + kScalesBytes +
          chunks * Packing(tokens, Weight::kPlanes).chunk_bytes();
 }
 
+// Packs float32 rows of some tokens, from index `first` on, `length` values each.
+template <typename Weight, int kThreads>
+__device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const Packing& packing, int first, int length,
+                                                float* scales, uint8_t* activations) {
+  constexpr int kPlanes = Weight::kPlanes;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t contraction = a.row_bytes * kPlanes / 2;
+  const int quads = length / 4, all = a.tokens * quads;
+  float4 v[kPackedAtOnce];  // loaded together, and with the maxima: each load alone would take as long
+  auto load = [&](int begin) {
+#pragma unroll
+    for (int j = 0; j < kPackedAtOnce; ++j) {
+      const int i = begin + j * kThreads;
+      if (i < all) v[j] = *reinterpret_cast<const float4*>(a.rows + first + (i / quads) * contraction + i % quads * 4);
+    }
+  };
+  load(threadIdx.x);
+  if constexpr (kPlanes == 2) {
+    for (int token = warp; token < a.tokens; token += kThreads / 32) {
+      float most = 0;
+#pragma unroll 8
+      for (int i = lane; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
+#pragma unroll
+      for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+      if (lane == 0) scales[token] = plane_scale(most);
+    }
+    __syncthreads();
+  }
+  for (int begin = threadIdx.x; begin < all; begin += kPackedAtOnce * kThreads) {
+#pragma unroll
+    for (int j = 0; j < kPackedAtOnce; ++j) {
+      const int i = begin + j * kThreads;
+      if (i >= all) break;
+      const int token = i / quads;
+      const float x[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
+      pack4<Weight>(activations, packing, token, i % quads * 4, x, kPlanes == 2 ? 1.0f / scales[token] : 1.0f);
+    }
+    load(begin + kPackedAtOnce * kThreads);
+  }
+}
+
+// The same for a residual stream, normalized. The sums' memory is scratch.
+template <typename Weight, int kThreads>
+__device__ __forceinline__ void pack_normalized(const ProductArguments& a, const Packing& packing, int first, int length,
+                                                float* scales, uint8_t* activations, float* scratch) {
+  for (int token = 0; token < a.tokens; ++token) {
+    float values[kNormVectors][4], scale;
+    const float factor = normalize<kThreads>(a.norm, token, blockIdx.x == 0, values, scale,
+                                             scratch + token * 2 * kThreads / 32);
+    if (threadIdx.x == 0) scales[token] = scale;
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v) {
+      const int k = (v * kThreads + static_cast<int>(threadIdx.x)) * 4 - first;
+      if (k < 0 || k >= length) continue;
+      const float x[4] = {values[v][0] * factor, values[v][1] * factor, values[v][2] * factor, values[v][3] * factor};
+      pack4<Weight>(activations, packing, token, k, x, 1.0f / scale);
+    }
+  }
+}
+
 template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu>
-__global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const ProductArguments a) {
+__global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1) product(const ProductArguments a) {
   extern __shared__ __align__(128) uint8_t shared[];
+  constexpr int kWarps = kWarpsFor<kMTiles>, kThreads = 32 * kWarps;
   constexpr int kPlanes = Weight::kPlanes;
   constexpr int kPairs = kSwiGlu ? 2 : 1;
+  constexpr int kEach = kRowTiles / kPairs;
+  constexpr int kReduced = (kEach * kTileRows * (kMTiles == 2 || kPlanes == 1 ? kMostTokens : 8) + kThreads - 1) / kThreads;
   static_assert(kRowTiles % kPairs == 0);
   const Packing packing(a.tokens, kPlanes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = lane / 4, quad = lane % 4;
 
   uint8_t* const ring = shared + warp * kDepth * kRowTiles * kLaneChunk + lane * 16;
-  float* const sums = reinterpret_cast<float*>(shared + ring_bytes<kRowTiles, kDepth>());
-  float* const scales = sums + sums_bytes<kRowTiles>(a.tokens) / sizeof(float);
+  float* const sums = reinterpret_cast<float*>(shared + ring_bytes<kMTiles, kRowTiles, kDepth>());
+  float* const scales = sums + sums_bytes<kMTiles, kRowTiles>(a.tokens) / sizeof(float);
   uint32_t* const largest = reinterpret_cast<uint32_t*>(scales + kMostTokens);
   uint8_t* const activations = reinterpret_cast<uint8_t*>(largest + kMostTokens);
 
@@ -205,14 +223,10 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
   const int chunks = static_cast<int>(a.row_bytes / kChunkBytes) / a.parts;
   const int first_chunk = part * chunks;
   const int half = a.outputs / kPairs;
-  const int tiles = half / (kTileRows * kRowTiles / kPairs);
+  const int tiles = half / (kTileRows * kEach);
 
   // A tile's row of chunks number r begins at this output.
-  auto first_output = [&](int tile, int r) {
-    if constexpr (!kSwiGlu) return (tile * kRowTiles + r) * kTileRows;
-    constexpr int kEach = kRowTiles / kPairs;
-    return (r / kEach) * half + (tile * kEach + r % kEach) * kTileRows;
-  };
+  auto first_output = [&](int tile, int r) { return (r / kEach) * half + (tile * kEach + r % kEach) * kTileRows; };
 
   // What this warp reads next: every kWarps-th chunk of the tiles laid end to end, so that warps share them evenly.
   int next_tile = walker, next_chunk = warp, next_slot = 0;
@@ -236,8 +250,27 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i) fill();
 
+  // Chunks [begin, end) of the tiles laid end to end, a thread for each of a tile's outputs.
+  constexpr int kTileOutputs = kRowTiles * kTileRows;
+  for (int i = threadIdx.x / kTileOutputs, begin = kWarps * (kDepth - 1), end = begin + a.ahead; i * chunks < end;
+       i += kThreads / kTileOutputs) {
+    const int tile = walker + i * walkers, from = max(0, begin - i * chunks), to = min(chunks, end - i * chunks);
+    if (tile >= tiles || from >= to) continue;
+    const int row = threadIdx.x % kTileOutputs;
+    prefetch(a.weight + (first_output(tile, row / kTileRows) + row % kTileRows) * a.row_bytes +
+                 static_cast<int64_t>(first_chunk + from) * kChunkBytes,
+             static_cast<int64_t>(to - from) * kChunkBytes);
+  }
+  if (a.next.values && threadIdx.x < a.next.pairs * a.next.tile_rows) {
+    const int row = blockIdx.x * a.next.tile_rows + threadIdx.x % a.next.tile_rows;
+    const int64_t output = row + threadIdx.x / a.next.tile_rows * static_cast<int64_t>(a.next.half);
+    if (row < a.next.half) prefetch(a.next.values + output * a.next.row_bytes, a.next.row_bytes);
+  }
+
   wait_for_predecessor();
 
+  if (blockIdx.x == 0 && threadIdx.x < a.counters_count) a.counters[threadIdx.x] = 0;
+  const int length = chunks * kChunkBytes * kPlanes / 2;
   if (a.packed) {
     const int held = chunks * packing.chunk_bytes();
     const uint8_t* const mine = a.packed + static_cast<int64_t>(first_chunk) * packing.chunk_bytes();
@@ -245,37 +278,10 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
     commit_copies();
     if (kPlanes == 2 && threadIdx.x < a.tokens) scales[threadIdx.x] = a.token_scales[threadIdx.x];
     await_copies<0>();
+  } else if (a.rows) {
+    pack_float_rows<Weight, kThreads>(a, packing, part * length, length, scales, activations);
   } else {
-    if constexpr (kPlanes == 2) {
-      for (int token = warp; token < a.tokens; token += kWarps) {
-        float most = 0;
-        for (int i = lane; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
-#pragma unroll
-        for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-        if (lane == 0) scales[token] = plane_scale(most);
-      }
-      __syncthreads();
-    }
-    const int length = chunks * kChunkBytes * kPlanes / 2;
-    const int64_t contraction = a.row_bytes * kPlanes / 2;
-    const float* const mine = a.rows + static_cast<int64_t>(part) * length;
-    const int quads = length / 4, all = a.tokens * quads;
-    for (int first = threadIdx.x; first < all; first += kPackedAtOnce * kThreads) {
-      float4 v[kPackedAtOnce];  // loaded together: each load alone would take as long
-#pragma unroll
-      for (int j = 0; j < kPackedAtOnce; ++j) {
-        const int i = first + j * kThreads;
-        if (i < all) v[j] = *reinterpret_cast<const float4*>(mine + (i / quads) * contraction + i % quads * 4);
-      }
-#pragma unroll
-      for (int j = 0; j < kPackedAtOnce; ++j) {
-        const int i = first + j * kThreads;
-        if (i >= all) break;
-        const int token = i / quads;
-        const float x[4] = {v[j].x, v[j].y, v[j].z, v[j].w};
-        pack4<Weight>(activations, packing, token, i % quads * 4, x, kPlanes == 2 ? 1.0f / scales[token] : 1.0f);
-      }
-    }
+    pack_normalized<Weight, kThreads>(a, packing, part * length, length, scales, activations, sums);
   }
   if (threadIdx.x < kMostTokens) largest[threadIdx.x] = 0;
   __syncthreads();
@@ -283,6 +289,22 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
   typename Weight::Sum sum[kMTiles][kRowTiles][4];
   int chunk = warp, slot = 0;
   for (int tile = walker, turn = 0; tile < tiles; tile += walkers, ++turn) {
+    // Few threads add up a tile's sums; another warp's take each turn, so that none falls behind. What they scale with is
+    // loaded now: memory is busy, and takes its time.
+    const int reducer = (threadIdx.x + kThreads - 32 * (turn % kWarps)) % kThreads;
+    const int count = kEach * kTileRows * a.tokens;
+    float output_scales[kReduced][kPairs] = {};
+    if constexpr (kPlanes == 2) {
+#pragma unroll
+      for (int j = 0; j < kReduced; ++j)
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          const int i = reducer + j * kThreads;
+          if (i < count)
+            output_scales[j][p] = a.weight_scales[first_output(tile, i / (kTileRows * a.tokens) + p * kEach) + i % kTileRows];
+        }
+    }
+
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -320,8 +342,11 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
     }
     chunk -= chunks;
 
-    // sums[warp][row tile][token][output of the tile]
-    auto place = [&](int w, int r, int token) { return sums + ((w * kRowTiles + r) * a.tokens + token) * kTileRows; };
+    // sums[buffer][warp][row tile][token][output of the tile]
+    const int buffer = turn % sum_buffers(a.tokens) * kWarps;
+    auto place = [&](int w, int r, int token) {
+      return sums + (((buffer + w) * kRowTiles + r) * a.tokens + token) * kTileRows;
+    };
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -347,30 +372,32 @@ __global__ void __launch_bounds__(kThreads, kMTiles == 1 ? 2 : 1) product(const 
       }
     __syncthreads();
 
-    // Few threads are needed; another warp's take each turn, so that none falls behind.
-    const int count = kRowTiles / kPairs * kTileRows * a.tokens;
-    for (int i = (threadIdx.x + kThreads - 32 * (turn % kWarps)) % kThreads; i < count; i += kThreads) {
+#pragma unroll
+    for (int j = 0; j < kReduced; ++j) {
+      const int i = reducer + j * kThreads;
+      if (i >= count) break;
       const int column = i % kTileRows, token = i / kTileRows % a.tokens, r = i / (kTileRows * a.tokens);
-      auto total = [&](int row_tile) {
+      auto total = [&](int pair) {
         float value = 0;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) value += place(w, row_tile, token)[column];
-        if constexpr (kPlanes == 2) value *= scales[token] * a.weight_scales[first_output(tile, row_tile) + column];
+        for (int w = 0; w < kWarps; ++w) value += place(w, r + pair * kEach, token)[column];
+        if constexpr (kPlanes == 2) value *= scales[token] * output_scales[j][pair];
         return value;
       };
       const int output = first_output(tile, r) + column;
       if constexpr (kSwiGlu) {
-        const float gate = total(r), up = total(r + kRowTiles / kPairs);
+        const float gate = total(0), up = total(1);
         const float value = gate / (1.0f + __expf(-gate)) * up;
         a.out[static_cast<int64_t>(token) * half + output] = value;
         atomicMax(largest + token, __float_as_uint(fabsf(value)));
       } else {
-        a.out[(static_cast<int64_t>(part) * a.tokens + token) * a.outputs + output] = total(r);
+        a.out[(static_cast<int64_t>(part) * a.tokens + token) * a.outputs + output] = total(0);
       }
     }
-    __syncthreads();
+    if (sum_buffers(a.tokens) == 1) __syncthreads();
   }
   if constexpr (kSwiGlu) {
+    __syncthreads();
     if (threadIdx.x < a.tokens) a.out_maxima[blockIdx.x * a.tokens + threadIdx.x] = __uint_as_float(largest[threadIdx.x]);
   }
 }

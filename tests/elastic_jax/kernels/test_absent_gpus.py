@@ -47,6 +47,13 @@ def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
         text = jax.jit(units[0].function).trace(*units[0].arguments).lower(lowering_platforms=("cuda",)).as_text()
     for kernel in ("attention_prompt", "attention_generated", "integer_dot_kernel", "quantize_normed_kernel"):
         assert kernel in text
+    # So it is with keys and values in int8, and sampling's kernel.
+    step = dataclasses.replace(STEP, kv="int8", sampling="cuda")
+    unit = next(u for u in make_units(CONFIG, provisional_plans(CONFIG)["S"], step) if u.name == "step.d4.p64.sampling")
+    manifest = compile_units([unit], tmp_path / "int8", {}, device, **options)
+    cache = step.kv_slots * 2 * CONFIG.num_kv_heads * (CONFIG.head_dim + 4)
+    assert manifest.units[unit.name].memory.aliased >= cache
+
     # Weights are int8 operands of the kernels, and nothing else multiplies them.
     assert "tensor<256x128xi8>" in text
     assert not [line for line in text.splitlines() if "stablehlo.dot_general" in line and "xi8>" in line]

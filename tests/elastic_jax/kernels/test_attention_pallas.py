@@ -15,6 +15,7 @@ from elastic_jax.kernels import attention_pallas, attention_xla
 from elastic_jax.kernels.attention_pallas_blocks import deal
 from elastic_jax.kernels.attention_pallas_generated import GeneratedTiles
 from elastic_jax.kernels.attention_pallas_prompt import PromptTiles
+from elastic_jax.kv_cache import QuantizedCache
 
 D, P, ROWS, PAGES = 3, 40, 5, 7
 """One bucket for most cases, so that the interpreter compiles once."""
@@ -33,6 +34,7 @@ class Shape:
     dim: int = 16
     page_size: int = 16
     dtype: str = "float32"
+    int8: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Packing:
 @dataclasses.dataclass(frozen=True)
 class Case:
     query: jax.Array
-    kv: jax.Array
+    kv: jax.Array | QuantizedCache
     batch: TokenBatch
     exact: np.ndarray
 
@@ -87,8 +89,15 @@ def make_case(packing: Packing, shape: Shape, d: int = D, p: int = P) -> Case:
         slots.append(pages[r][place // shape.page_size] * shape.page_size + place % shape.page_size)
         kv[slots[r]] = rng.standard_normal((context[r], *kv.shape[1:]))
     query = jnp.asarray(rng.standard_normal((d + p, shape.heads, shape.dim)), jnp.dtype(shape.dtype))
-    cache = jnp.asarray(kv, jnp.dtype(shape.dtype))
-    rounded_query, rounded = np.asarray(query, np.float64), np.asarray(cache, np.float64)
+    if shape.int8:
+        scales = (np.abs(kv).max(axis=-1) / 127).astype(np.float32)
+        values = np.where(np.isnan(kv), 99, np.round(kv / scales[..., None])).astype(np.int8)
+        cache = QuantizedCache(jnp.asarray(values), jnp.asarray(scales), shape.dtype)
+        rounded = values.astype(np.float64) * scales[..., None]
+    else:
+        cache = jnp.asarray(kv, jnp.dtype(shape.dtype))
+        rounded = np.asarray(cache, np.float64)
+    rounded_query = np.asarray(query, np.float64)
     exact = np.zeros(query.shape)
     for i in np.flatnonzero(row < ROWS):
         seen = rounded[slots[row[i]][: position[i] + 1]]
@@ -169,6 +178,18 @@ def test_one_kind_of_token_alone(d: int, p: int, interpret: bool) -> None:
 def test_bfloat16_is_as_exact_as_rounded_weights_allow(shape: Shape, interpret: bool) -> None:
     case = make_case(PACKINGS["mixed"], shape)
     assert relative_error(run(case, interpret), case.exact) < 4e-3
+
+
+@pytest.mark.parametrize("name", ["mixed", "chunks that continue", "padding before the last generated token"])
+def test_int8_keys_and_values(name: str, interpret: bool) -> None:
+    case = make_case(PACKINGS[name], Shape(int8=True))
+    out = run(case, interpret)
+    np.testing.assert_allclose(out, case.exact, rtol=0, atol=2e-6)
+    assert isinstance(case.kv, QuantizedCache)
+    # The plain implementation, with what lies in other slots: it reads them, and must not use them.
+    np.testing.assert_allclose(reference_attention(case.query, case.kv, case.batch), case.exact, rtol=0, atol=2e-6)
+    rounded = make_case(PACKINGS[name], Shape(dim=64, dtype="bfloat16", int8=True))
+    assert relative_error(run(rounded, interpret), rounded.exact) < 4e-3
 
 
 @pytest.mark.parametrize("page_size", [8, 24])

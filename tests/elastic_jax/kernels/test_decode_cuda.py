@@ -17,6 +17,7 @@ from elastic_jax.groups import model_groups
 from elastic_jax.kernels import decode_cuda
 from elastic_jax.model import Mistral
 from elastic_jax.plan import provisional_plans
+from elastic_jax.quantization import QArray
 from elastic_jax.weights import abstract_weights
 
 SHARED = {90: 232448, 80: 166912, 89: 101376}
@@ -30,8 +31,9 @@ def weight_of(mode, group):
 
 def needed(weight, tokens, tiles):
     """Shared memory by the layout in products.cuh: ring, sums, scales, packed activations."""
-    ring = 16 * tiles.depth * tiles.row_tiles * 8 * 64
-    sums = 16 * tiles.row_tiles * 8 * tokens * 4
+    warps = 8 if isinstance(weight, QArray) and tokens > 8 else 16
+    ring = warps * tiles.depth * tiles.row_tiles * 8 * 64
+    sums = (2 if tokens <= 8 else 1) * warps * tiles.row_tiles * 8 * tokens * 4
     octet = min(tokens, 8)
     padded = octet * -(-tokens // octet) if tokens > 8 else octet
     return ring + sums + 128 + 2 * padded * weight.shape[1] // tiles.parts
@@ -88,8 +90,8 @@ def test_measured_tiles_are_for_weights_of_mistral_small():
 
 def test_scratch_memory_follows_the_kernels_order():
     config = MISTRAL_SMALL
-    tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
-    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 4 * 5120, 4 * 32768, 1024]
+    tiles = (decode_cuda.ProductTiles(2, 6, 1, 64),) * 4
+    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 32, 4 * 5120, 4 * 32768, 1024]
     expected = sum(-(-size // 256) * 256 for size in sizes)
     assert decode_cuda.scratch_bytes(config, 1, 16, tiles) == expected
 
@@ -97,7 +99,7 @@ def test_scratch_memory_follows_the_kernels_order():
 def test_the_committed_library_is_built_from_the_committed_sources():
     folder = decode_cuda.library_path().parent
     digest = hashlib.sha256()
-    for name in ("decode.cu", "activations.cuh", "attention.cuh", "products.cuh"):
+    for name in ("decode.cu", "layer.cuh", "activations.cuh", "attention.cuh", "products.cuh", "packing.cuh"):
         digest.update((folder / name).read_bytes())
     stored = (ctypes.c_char * 64).in_dll(ctypes.CDLL(str(decode_cuda.library_path())), "ElasticDecodeSources")
     assert stored.value.decode() == digest.hexdigest(), "run elastic_jax/kernels/cuda/build.sh (or make kernels)"

@@ -1,0 +1,167 @@
+// How activations are laid out for the tensor cores, and what kernels of one stream that overlap need.
+//
+// A weight [out, in] is read in chunks: 8 outputs times 64 bytes of the contraction, 16 bytes a lane. Such a chunk is the
+// right operand of the tensor cores (m16n8k32 for int8, m16n8k16 for bf16), as it lies: the order of the contraction's
+// elements inside a chunk is any, if the activations have the same. Their rows are the left operand, and few of its 16
+// rows are used, which costs nothing while reading is the limit.
+//
+// Activations are laid out for that ("packed"): [chunk][octet][token of the octet][64 bytes]. An octet is one half of the
+// left operand's rows. With int8 weights a token has two rows, the high and low plane of a 16-bit activation
+// (quantization.py): octets 2m and 2m + 1 are the planes of tokens 8m to 8m + 7. With bf16 weights it has one.
+
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace elastic {
+
+constexpr int kMostTokens = 16;
+constexpr int kChunkBytes = 64;  // of one output's row
+constexpr int kTileRows = 8;     // outputs of one chunk
+constexpr int kLaneChunk = kTileRows * kChunkBytes;
+
+// Lets the next kernel of the stream start, as far as its `wait_for_predecessor`.
+__device__ __forceinline__ void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until everything that the kernel before wrote can be read; earlier, only what older steps wrote may be touched.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Asks for a run of bytes, a multiple of 16, to be brought into the L2 cache.
+__device__ __forceinline__ void prefetch(const uint8_t* from, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<uint32_t>(bytes)) : "memory");
+#endif
+}
+
+struct Int8 {
+  using Sum = int32_t;
+  static constexpr int kPlanes = 2;
+
+  __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
+  }
+};
+
+struct Bf16 {
+  using Sum = float;
+  static constexpr int kPlanes = 1;
+
+  __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
+  }
+};
+
+// How activations of some tokens are packed.
+struct Packing {
+  int tokens;
+  int octets;
+  int octet_tokens;  // 8, or all tokens where they are fewer
+
+  __host__ __device__ Packing(int tokens_, int planes)
+      : tokens(tokens_), octets(planes * ((tokens_ + 7) / 8)), octet_tokens(tokens_ < 8 ? tokens_ : 8) {}
+
+  __host__ __device__ int chunk_bytes() const { return octets * octet_tokens * kChunkBytes; }
+
+  // Where 64 bytes of one token's plane begin.
+  __device__ int64_t at(int chunk, int plane, int planes, int token) const {
+    const int octet = token / 8 * planes + plane;
+    return (static_cast<int64_t>(chunk * octets + octet) * octet_tokens + token % 8) * kChunkBytes;
+  }
+};
+
+
+constexpr float kPlaneMax = 127.0f * 256.0f;  // largest 16-bit activation (quantization.py)
+
+__device__ __forceinline__ float plane_scale(float largest) {
+  const float scale = largest / kPlaneMax;
+  return scale < 1.17549435e-38f ? 1.0f : scale;
+}
+
+// The high and low planes of 4 activations, as bytes of two words.
+__device__ __forceinline__ void split_planes(const float (&x)[4], float inverse, uint32_t& high, uint32_t& low) {
+  high = low = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float bounded = fminf(fmaxf(x[i] * inverse, -kPlaneMax), kPlaneMax);
+    const int q = __float2int_rn(bounded);
+    const int h = (q + 128) >> 8;
+    high |= static_cast<uint32_t>(h & 255) << (8 * i);
+    low |= static_cast<uint32_t>((q - (h << 8)) & 255) << (8 * i);
+  }
+}
+
+__device__ __forceinline__ uint32_t bf16_pair(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Writes 4 activations of one token, at contracted index k (a multiple of 4 of this block's part), into packed ones.
+template <typename Weight>
+__device__ __forceinline__ void pack4(uint8_t* packed, const Packing& packing, int token, int k, const float (&x)[4],
+                                      float inverse) {
+  if constexpr (Weight::kPlanes == 2) {
+    const int chunk = k / kChunkBytes, byte = k % kChunkBytes;
+    uint32_t high, low;
+    split_planes(x, inverse, high, low);
+    *reinterpret_cast<uint32_t*>(packed + packing.at(chunk, 0, 2, token) + byte) = high;
+    *reinterpret_cast<uint32_t*>(packed + packing.at(chunk, 1, 2, token) + byte) = low;
+  } else {
+    const int chunk = 2 * k / kChunkBytes, byte = 2 * k % kChunkBytes;
+    *reinterpret_cast<uint2*>(packed + packing.at(chunk, 0, 1, token) + byte) =
+        make_uint2(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]));
+  }
+}
+
+// Sum and largest value over a block; `scratch` holds 2 floats a warp.
+__device__ __forceinline__ void reduce_block(float& sum, float& largest, float* scratch) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, d);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+  }
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (lane == 0) {
+    scratch[2 * warp] = sum;
+    scratch[2 * warp + 1] = largest;
+  }
+  __syncthreads();
+  sum = lane < warps ? scratch[2 * lane] : 0;
+  largest = lane < warps ? scratch[2 * lane + 1] : 0;
+#pragma unroll
+  for (int d = 16; d; d /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, d);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+  }
+}
+
+}  // namespace elastic
