@@ -1,10 +1,7 @@
 """Named implementations. Asking for one by name fails loudly where it does not exist; nothing falls back."""
 
 import functools
-import importlib.util
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Array
@@ -20,8 +17,6 @@ from elastic_jax.quantization import dot as quantized_dot
 from elastic_jax.sampling import Choose
 from elastic_jax.sampling import choose as choose_xla
 from elastic_jax.step import ComputeDtype
-
-_MOSAIC_RUNTIME = "MOSAIC_GPU_RUNTIME_LIB_PATH"
 
 
 def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
@@ -118,13 +113,16 @@ def sampling(name: str) -> Choose:
     return _named(SAMPLING, name, "sampling")
 
 
-def prepare_to_load(decode: str, sampling: str) -> None:
+def prepare_to_load(integer_dot: str, decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
         ConfigError: a library cannot be loaded here.
     """
-    _find_mosaic_runtime()
+    if integer_dot == "pallas":  # On Hopper, products of many rows are kernels of a library.
+        from elastic_jax.kernels import integer_dot_cuda
+
+        integer_dot_cuda.register()
     if decode == "cuda":
         from elastic_jax.kernels import decode_cuda
 
@@ -133,14 +131,6 @@ def prepare_to_load(decode: str, sampling: str) -> None:
         from elastic_jax.kernels import sampling_cuda
 
         sampling_cuda.register()
-
-
-def _find_mosaic_runtime() -> None:
-    # JAX sets this when Pallas's Mosaic backend is imported, which those who only run executables need not do.
-    for plugin in ("jax_cuda13_plugin", "jax_cuda12_plugin"):
-        spec = importlib.util.find_spec(plugin)
-        if spec is not None and spec.origin is not None:
-            os.environ.setdefault(_MOSAIC_RUNTIME, str(Path(spec.origin).with_name("libmosaic_gpu_runtime.so")))
 
 
 def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tuple[str, str, str]:
