@@ -1,5 +1,6 @@
-// What the kernels for many rows need of Hopper (compute capability 9.0), one function an instruction: barriers in shared
-// memory, tensors fetched by the tensor memory accelerator (TMA), products of a warpgroup. PTX ISA 8.0 describes them.
+// What the kernels for many rows need of Hopper (compute capability 9.0), one function an instruction: barriers in
+// shared memory, tensors fetched by the tensor memory accelerator (TMA), products of a warpgroup. The PTX ISA, from 8.0
+// on, describes them.
 //
 // An operand of a product is rows of 128 bytes, one after the other, each eight of which (1024 bytes, aligned so) are
 // swizzled as TMA does it: 16-byte pieces of row r are exchanged by XOR with r % 8.
@@ -15,7 +16,9 @@ namespace elastic {
 
 constexpr int kOperandBytes = 128;  // of a row: the widest that is swizzled
 
-__device__ inline uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
 
 // -- barriers ---------------------------------------------------------------------------------------------------------
 
@@ -99,9 +102,9 @@ __device__ inline void pin(int32_t (&sums)[kCount]) {
 #define ELASTIC_SUMS4(i) "+r"(sums[(i)]), "+r"(sums[(i) + 1]), "+r"(sums[(i) + 2]), "+r"(sums[(i) + 3])
 #define ELASTIC_SUMS16(i) ELASTIC_SUMS4(i), ELASTIC_SUMS4((i) + 4), ELASTIC_SUMS4((i) + 8), ELASTIC_SUMS4((i) + 12)
 
-// Begins the products of 64 rows with 256 or 128 others, 32 bytes of each; `add` says whether `sums` counts. Thread t
-// has of row 16 * (t / 32) + t % 32 / 4 the columns 8 * j + 2 * (t % 4) and the next in sums[4 * j] and the next, and of
-// the row 8 below in the two after.
+// Begins the products of 64 rows with 256 or 128 others, 32 bytes of each; `add` says whether `sums` counts. Of row
+// 16 * (t / 32) + t % 32 / 4, thread t has the columns 8 * j + 2 * (t % 4) and the next in sums[4 * j] and the next; of
+// the row 8 below, in the two after.
 __device__ inline void multiply_tiles(int32_t (&sums)[128], uint64_t left, uint64_t right, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"

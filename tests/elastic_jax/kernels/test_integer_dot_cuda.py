@@ -97,10 +97,10 @@ def test_it_is_compiled_without_a_gpu(case, tmp_path):
         shapes.append(jax.ShapeDtypeStruct((rows, 6144), jnp.float32 if "float32" in case else jnp.bfloat16))
     dot = kernels.INTEGER_DOT["pallas"]
 
-    def product(*arrays):
+    def product(x, row_scales, values, scales, residual=None):
         if case == "gated":
-            return (dot.multiply_gated(*arrays),)
-        return (dot.multiply(*arrays[:4], arrays[4] if len(arrays) > 4 else None),)
+            return (dot.multiply_gated(x, row_scales, values, scales),)
+        return (dot.multiply(x, row_scales, values, scales, residual),)
 
     unit = Unit("product", product, tuple(shapes), (), {})
     options = {"workers": 1, "progress": lambda *_: None, "compiler_options": description.compiler_options}
