@@ -13,6 +13,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.kernels import attention_xla, integer_dot_xla
+from elastic_jax.kv_cache import Cache
 from elastic_jax.model import Attention, Decode, Dot
 from elastic_jax.norm import RMSNorm
 from elastic_jax.quantization import IntegerDot
@@ -24,7 +25,7 @@ from elastic_jax.step import ComputeDtype
 _MOSAIC_RUNTIME = "MOSAIC_GPU_RUNTIME_LIB_PATH"
 
 
-def _pallas_attention(query: Array, kv: Array, batch: TokenBatch) -> Array:
+def _pallas_attention(query: Array, kv: Cache, batch: TokenBatch) -> Array:
     # Importing Pallas takes half a second, which those who only run executables should not wait for.
     from elastic_jax.kernels import attention_pallas
 
