@@ -62,9 +62,10 @@ class Step:
         weights: Any,
         sampling: tuple[Any, ...] = (),
         chooser: str = "cuda",
+        kv: str = "full",
     ) -> None:
         plan = provisional_plans(config)[mode]
-        self.step = dataclasses.replace(step_config(config, tokens, context, decode), sampling=chooser)
+        self.step = dataclasses.replace(step_config(config, tokens, context, decode), sampling=chooser, kv=kv)
         units = {unit.name: unit for unit in make_units(config, plan, self.step)}
         unit = units[step_name(Bucket(tokens, 0), "sampling" if sampling else "greedy")]
         leaves, _, _ = flatten(build_model(config, weights, self.step))
@@ -88,11 +89,12 @@ class Step:
     def state(self, seed: int) -> list[Any]:
         """Caches of random numbers, and rows that stand at the context's end."""
         keys = iter(jax.random.split(jax.random.key(seed), len(self.shapes)))
-        draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+        draw = jax.jit(_cache, static_argnums=1)
         state = []
         for shape in self.shapes:
             key = next(keys)
-            state.append(draw(key, shape.shape) if len(shape.shape) == 4 else jnp.zeros(shape.shape, shape.dtype))
+            cache = len(shape.shape) >= 3
+            state.append(draw(key, shape) if cache else jnp.zeros(shape.shape, shape.dtype))
         rows = [i for i, shape in enumerate(self.shapes) if len(shape.shape) == 1]
         state[rows[0]] = jnp.arange(5, 5 + self.tokens, dtype=jnp.int32)
         state[rows[1]] = jnp.full(self.tokens, self.context, jnp.int32)
@@ -115,6 +117,15 @@ class Step:
             jax.block_until_ready(out)
             times.append((time.perf_counter() - start) / steps)
         return times
+
+
+def _cache(key: Any, shape: Any) -> Any:
+    """Numbers of a deviation of one; in int8, numbers of 40 and their scales."""
+    if shape.dtype == jnp.int8:
+        return jnp.clip(40 * jax.random.normal(key, shape.shape, jnp.bfloat16), -127, 127).astype(jnp.int8)
+    if shape.dtype == jnp.float32:
+        return jnp.full(shape.shape, 1 / 40, jnp.float32)
+    return jax.random.normal(key, shape.shape, shape.dtype)
 
 
 class PromptStep:
@@ -170,12 +181,12 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def check(mode: str, tokens: int, layers: int, context: int) -> dict[str, Any]:
+def check(mode: str, tokens: int, layers: int, context: int, kv: str) -> dict[str, Any]:
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=layers)
     weights = draw(config, mode)
     results = {}
     for decode in ("cuda", "xla"):
-        step = Step(config, mode, tokens, context, decode, weights)
+        step = Step(config, mode, tokens, context, decode, weights, kv=kv)
         state, out = step.run(step.state(0))
         logits = max(out, key=lambda a: a.size)
         caches = [np.asarray(kv[step.slot], np.float32) for kv in state if kv.ndim == 4]
@@ -212,15 +223,19 @@ def reading_limit() -> float:
     return x.nbytes / min(times) / 1e12
 
 
-def measure(config: Any, mode: str, weights: Any, tokens: int, context: int, decode: str, steps: int) -> dict[str, Any]:
-    step = Step(config, mode, tokens, context, decode, weights)
+def measure(
+    config: Any, mode: str, weights: Any, tokens: int, context: int, decode: str, steps: int, kv: str
+) -> dict[str, Any]:
+    step = Step(config, mode, tokens, context, decode, weights, kv=kv)
     times = step.seconds(steps, 3)
     read = weight_bytes({name: leaf for name, leaf in weights.items() if name != "embedding"})
-    live = tokens * (context + 1) * 4 * config.num_layers * config.kv_size
+    head = 2 * config.head_dim if kv == "full" else config.head_dim + 4
+    live = tokens * (context + 1) * config.num_layers * 2 * config.num_kv_heads * head
     seconds = float(np.median(times))
     return {
         "mode": mode,
         "decode": decode,
+        "kv": kv,
         "batch": tokens,
         "context": context,
         "step_ms": seconds * 1e3,
@@ -266,6 +281,7 @@ def main() -> None:
     parser.add_argument("--prompt-layers", type=int, default=40)
     parser.add_argument("--tune-layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--kv", choices=["full", "int8"], default="full", help="precision of the KV cache")
     parser.add_argument("--tune", nargs="*", type=int, default=[], help="tokens to tune for, at the first context")
     parser.add_argument("--composed", action="store_true", help="time the composed step too")
     parser.add_argument("--tiles", type=Path, help="write tuned tiles here (elastic_jax/kernels/decode_tiles.json)")
@@ -277,7 +293,7 @@ def main() -> None:
     for mode in arguments.modes:
         for tokens in arguments.tokens:
             for context in arguments.check_contexts:
-                checks.append(check(mode, tokens, arguments.check_layers, context))
+                checks.append(check(mode, tokens, arguments.check_layers, context, arguments.kv))
                 print(json.dumps(checks[-1]), flush=True)
     rows, tuned, prompts = [], [], []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
@@ -300,7 +316,7 @@ def main() -> None:
         for tokens in arguments.tokens:
             for context in arguments.contexts:
                 for decode in ("cuda", "xla") if arguments.composed else ("cuda",):
-                    rows.append(measure(config, mode, weights, tokens, context, decode, arguments.steps))
+                    rows.append(measure(config, mode, weights, tokens, context, decode, arguments.steps, arguments.kv))
                     rows[-1]["fraction_of_limit"] = rows[-1]["read_tb_s"] / limit
                     print(json.dumps(rows[-1]), flush=True)
         del weights

@@ -65,7 +65,7 @@ def default_step_config(
         dtype: compute type.
         kv_slots: KV slots of the pool, in tokens, rounded up to whole pages; `pools.default_pool` chooses.
         max_context: longest context in tokens; None for as much as model and pool allow.
-        kv: precision of the KV cache. With int8, steps that only generate are composed of attention and dots.
+        kv: precision of the KV cache.
 
     Raises:
         ConfigError: the platform is unknown, or the sizes contradict each other.
@@ -90,7 +90,7 @@ def default_step_config(
         buckets=buckets,
         attention=attention,
         integer_dot=integer_dot,
-        decode=decode if kv == "full" else "xla",
+        decode=decode,
         sampling=kernels.default_sampling(platform),
         kv=kv,
     )

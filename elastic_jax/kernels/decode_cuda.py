@@ -10,6 +10,7 @@ A layer's last product is handed to the next layer unadded, so that it may be sp
 """
 
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -154,13 +155,13 @@ def takes(layers: Sequence[Block], tokens: int) -> bool:
 
 def run_layers(
     layers: Sequence[Block], x: BFloat16[Array, "tokens hidden"], kv: tuple[Any, ...], batch: TokenBatch
-) -> tuple[BFloat16[Array, "tokens hidden"], tuple[Array, ...]]:
+) -> tuple[BFloat16[Array, "tokens hidden"], tuple[Any, ...]]:
     """All layers over generated tokens.
 
     Args:
         layers: the model's.
         x: the residual stream after the embedding.
-        kv: every layer's cache, bf16 [slots, 2, kv_heads, dim].
+        kv: every layer's cache, bf16 [slots, 2, kv_heads, dim] or `kv_cache.QuantizedCache`.
         batch: the tokens; all of them generated.
 
     Returns:
@@ -169,8 +170,6 @@ def run_layers(
     Raises:
         ConfigError: the program is not traced for an NVIDIA GPU that has what the kernels need.
     """
-    if any(isinstance(cache, QuantizedCache) for cache in kv):
-        raise ConfigError(f"{_NAME} takes a KV cache in bfloat16, found int8; {_INSTEAD}")
     register()
     capability = compute_capability(_NAME, _INSTEAD)
     tokens, hidden = x.shape
@@ -181,16 +180,18 @@ def run_layers(
     for i, (layer, cache) in enumerate(zip(layers, kv, strict=True)):
         tiles = _layer_tiles(capability, layer, tokens)
         splits = _splits(tokens, config.num_kv_heads)
+        numbers, scales = _cache_leaves(cache)
         with jax.named_scope(f"layer_{i}"):
-            x, added, cache, _ = jax.ffi.ffi_call(
+            x, added, numbers, scales, _ = jax.ffi.ffi_call(
                 "elastic_decode_layer",
                 (
                     jax.ShapeDtypeStruct(x.shape, x.dtype),
                     jax.ShapeDtypeStruct((tiles[-1].parts, tokens, hidden), jnp.float32),
-                    jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+                    jax.ShapeDtypeStruct(numbers.shape, numbers.dtype),
+                    jax.ShapeDtypeStruct(scales.shape, scales.dtype),
                     jax.ShapeDtypeStruct((scratch_bytes(config, tokens, splits, tiles),), jnp.uint8),
                 ),
-                input_output_aliases={10: 2},
+                input_output_aliases={10: 2, 11: 3} if scales.size else {10: 2},
             )(
                 x,
                 added,
@@ -202,14 +203,16 @@ def run_layers(
                 batch.row,
                 batch.block_table,
                 batch.context_length,
-                cache,
+                numbers,
+                scales,
                 *(leaf for weight in _weights(layer) for leaf in _leaves(weight)),
                 eps=np.float32(layer.mlp_norm.eps),
                 page_size=np.int32(batch.page_size),
                 splits=np.int32(splits),
                 tiles=np.array(tiles, np.int32).ravel(),
             )
-        written.append(cache)
+        quantized = isinstance(cache, QuantizedCache)
+        written.append(dataclasses.replace(cache, values=numbers, scales=scales) if quantized else numbers)
     # As the norms inside do: the product becomes bf16, then the sum does.
     return x + jnp.sum(added, axis=0).astype(x.dtype), tuple(written)
 
@@ -261,6 +264,13 @@ def _leaves(weight: Any) -> tuple[Array, Array]:
     if isinstance(weight, QArray):
         return weight.values, weight.scales
     return weight, jnp.zeros((0,), jnp.float32)
+
+
+def _cache_leaves(cache: Any) -> tuple[Array, Array]:
+    """Numbers, and their scales; none of a cache in bf16."""
+    if isinstance(cache, QuantizedCache):
+        return cache.values, cache.scales
+    return cache, jnp.zeros((0,), jnp.float32)
 
 
 def _splits(tokens: int, kv_heads: int) -> int:

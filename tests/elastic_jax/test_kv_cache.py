@@ -8,12 +8,10 @@ import pytest
 from tiny import MISTRAL_SMALL, tiny_step_config
 
 from elastic_jax import executables
-from elastic_jax.batch import TokenBatch
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import ConfigError, ExecutableError
 from elastic_jax.executables import default_step_config, store_folders
 from elastic_jax.info import describe
-from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import QuantizedCache, abstract_cache, write
 from elastic_jax.memory import plan_memory
 from elastic_jax.step import Bucket, abstract_state, copy_page
@@ -96,26 +94,22 @@ def test_the_state_has_two_leaves_a_layer():
     assert [leaf.dtype for leaf in jax.tree.leaves(state.kv)] == [jnp.int8, jnp.float32] * 3
 
 
-def test_decode_in_cuda_refuses_it_by_name_and_is_not_the_default():
+def test_every_kernel_takes_it():
     step = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=4096, max_context=None, kv="int8")
-    assert (step.attention, step.integer_dot, step.decode) == ("pallas", "pallas", "xla")
-    none = jnp.zeros(0, jnp.int32)
-    batch = TokenBatch(none, none, none, jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32), 0, 16)
-    with pytest.raises(ConfigError, match="the decode called 'cuda' takes a KV cache in bfloat16, found int8"):
-        decode_cuda.run_layers([], jnp.zeros((0, 8), jnp.bfloat16), (empty("int8"),), batch)
+    assert (step.attention, step.integer_dot, step.decode) == ("pallas", "pallas", "cuda")
 
 
 # -- a whole mode ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def models(checkpoint_of, tmp_path_factory):
-    """A tiny model, compiled and loaded with both caches."""
+def int8(checkpoint_of, tmp_path_factory):
+    """A tiny model, compiled and loaded with a cache in int8."""
     folder = tmp_path_factory.mktemp("int8") / "tiny.elastic"
     shutil.copytree(checkpoint_of("tiny_mistral").path, folder, ignore=shutil.ignore_patterns("executables"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(executables._BUCKETS, "cpu", (Bucket(1, 0), Bucket(4, 0), Bucket(0, 32)))
-        yield {kv: load(folder, kv, on_missing="compile") for kv in ("int8", "full")}
+        return load(folder, "int8", on_missing="compile")
 
 
 def load(folder, kv, **options):
@@ -125,8 +119,8 @@ def load(folder, kv, **options):
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]
 
 
-def test_a_mode_runs_with_it(models):
-    int8, full = models["int8"], models["full"]
+def test_a_mode_runs_with_it(int8, compiled_tiny):
+    full = load(compiled_tiny("XL", "float32").checkpoint.path, "full")
     assert (int8.info()["kv"], full.info()["kv"]) == ("int8", "full")
     assert full.memory.kv_token > 2 * int8.memory.kv_token  # of float32
     pair = [(PROMPT, [21, 22, 23, 24, 25, 26])]
@@ -142,16 +136,16 @@ def test_a_mode_runs_with_it(models):
         assert all(np.isfinite(a.log_probabilities).all() and len(a.token_ids) == 9 for a in listed)
 
 
-def test_stores_are_kept_apart(models):
-    folder = models["int8"].checkpoint.path
-    stores = {path.parent.name for path in store_folders(folder)}
-    assert stores == {"XL.float32", "XL.float32.kv-int8"}
-    described = {store["mode"]: store["kv"] for store in describe(folder)["executables"]}
-    assert described == {"XL.float32": "full", "XL.float32.kv-int8": "int8"}
+def test_stores_are_kept_apart(int8):
+    folder = int8.checkpoint.path
+    assert {path.parent.name for path in store_folders(folder)} == {"XL.float32.kv-int8"}
+    assert [store["kv"] for store in describe(folder)["executables"]] == ["int8"]
     again = load(folder, "int8", on_missing="error")
     assert again.info()["executables"]["folder"].endswith("XL.float32.kv-int8/kv16384")
+    with pytest.raises(ExecutableError, match=r"elastic-jax compile \S+ --mode XL --dtype float32   "):
+        load(folder, "full", on_missing="error")
     shutil.rmtree(folder / "executables")
-    with pytest.raises(ExecutableError, match=r"elastic-jax compile .* --mode XL --dtype float32 --kv int8"):
+    with pytest.raises(ExecutableError, match=r"elastic-jax compile \S+ --mode XL --dtype float32 --kv int8   "):
         load(folder, "int8", on_missing="error")
 
 

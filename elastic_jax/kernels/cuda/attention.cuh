@@ -5,6 +5,9 @@
 // serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. Keys
 // and values of older steps are loaded before the kernel waits for its predecessor.
 //
+// The cache is bf16, or int8 with a scale for each slot and head (kv_cache.py): scores are multiplied by the scales of
+// keys, weights by those of values.
+//
 // The pieces are joined at the end (flash-decoding): on Hopper the blocks of a context are a cluster, whose first reads
 // the others' shared memory; before, the block that ends last reads them from global memory.
 
@@ -27,7 +30,9 @@ struct AttentionArguments {
   const int* row;   // [tokens]; `rows` for padding
   const int* block_table;  // [rows][pages]
   const int* context_length;  // [rows], with this step's token
-  __nv_bfloat16* kv;          // [slots][2][kv_heads][dim]
+  __nv_bfloat16* kv;          // [slots][2][kv_heads][dim]; or, where `int8_kv` is not null, that instead
+  int8_t* int8_kv;
+  float* kv_scales;  // [slots][2][kv_heads], of int8
   int tokens, rows, pages, page_size, slots, kv_heads, splits;
   float* out;     // [tokens][heads][dim]
   float* maxima;  // [kv_heads][tokens], largest magnitude of `out`
@@ -55,6 +60,51 @@ __device__ __forceinline__ void unpack8(const uint4& v, float (&x)[8]) {
     x[2 * i] = __uint_as_float(words[i] << 16);
     x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
   }
+}
+
+// From int8, by full-rate instructions: a byte becomes the lowest of the mantissa of 2**23.
+__device__ __forceinline__ void unpack8(const uint2& v, float (&x)[8]) {
+  const uint32_t words[2] = {v.x ^ 0x80808080u, v.y ^ 0x80808080u};  // from 0 to 255 instead of from -128 to 127
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    x[i] = __uint_as_float(__byte_perm(words[i / 4], 0x4b000000u, 0x7540u | i % 4)) - (8388608.0f + 128.0f);
+}
+
+// Eight numbers of a key or value, as a lane loads them.
+template <bool kInt8>
+struct Octet {
+  using Type = uint4;
+  using Number = __nv_bfloat16;
+};
+
+template <>
+struct Octet<true> {
+  using Type = uint2;
+  using Number = int8_t;
+};
+
+// This step's key or value [kDim] as kv_cache.py's `write` rounds it, by one warp; gives the scale. What is no number
+// makes the scale none, so that the step reports it.
+template <int kDim>
+__device__ __forceinline__ float quantize_head(const float* from, int8_t* to) {
+  constexpr int kEach = kDim / 32;
+  const int first = static_cast<int>(threadIdx.x) % 32 * kEach;
+  float most = 0;
+  bool broken = false;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    most = fmaxf(most, fabsf(from[first + i]));
+    broken |= from[first + i] != from[first + i];
+  }
+#pragma unroll
+  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+  float scale = most / 127.0f;
+  if (scale < 1.17549435e-38f) scale = 1;
+  if (__any_sync(~0u, broken)) scale = __uint_as_float(0x7fffffffu);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    to[first + i] = static_cast<int8_t>(fminf(fmaxf(rintf(from[first + i] / scale), -127.0f), 127.0f));
+  return scale;
 }
 
 // Waits for all blocks of the cluster; what they wrote to their shared memory can be read.
@@ -115,7 +165,7 @@ __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int tok
 }
 
 // At most 128 registers a thread: the next product's blocks start beside these.
-template <int kDim, int kGroup>
+template <int kDim, int kGroup, bool kInt8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
   constexpr int kLanes = kDim / 8;            // of one key
   constexpr int kAtOnce = 32 / kLanes;        // keys of a warp
@@ -125,7 +175,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   __shared__ __align__(16) float query[kGroup][kDim];
   __shared__ __align__(16) float merged[kAttentionWarps][kGroup][kDim];
   __shared__ float states[kAttentionWarps][kGroup][2];
-  __shared__ __align__(16) __nv_bfloat16 newest_kv[2][kDim];
+  __shared__ __align__(16) typename Octet<kInt8>::Number newest_kv[2][kDim];
+  __shared__ float newest_exact[2][kInt8 ? kDim : 1], newest_scales[2];
   __shared__ float joined_state[kGroup][2];
   const int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -146,19 +197,32 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   const int part = lane % kLanes, mine = lane / kLanes;
   const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
   const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
-  uint4 keys[kTurns], values[kTurns];
+  using Eight = typename Octet<kInt8>::Type;
+  Eight keys[kTurns], values[kTurns];
+  float key_scales[kTurns], value_scales[kTurns];
   auto load = [&](int first) {
     const bool any = first < end;
     const int page = any ? table[first / a.page_size] : 0;
-    const __nv_bfloat16* const from =
-        a.kv + (static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine) * stride + head * kDim + part * 8;
+    const int64_t slots_before = static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine;
+    const typename Octet<kInt8>::Number* from = nullptr;
+    if constexpr (kInt8) {
+      from = a.int8_kv;
+    } else {
+      from = a.kv;
+    }
+    from += slots_before * stride + head * kDim + part * 8;
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
       const int key = first + t * kAtOnce + mine;
       const bool old = any && key < end && key != context - 1;  // this step's is not in the cache yet
-      keys[t] = values[t] = make_uint4(0, 0, 0, 0);
-      if (old) keys[t] = *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride);
-      if (old) values[t] = *reinterpret_cast<const uint4*>(from + t * kAtOnce * stride + a.kv_heads * kDim);
+      keys[t] = values[t] = Eight{};
+      if (old) keys[t] = *reinterpret_cast<const Eight*>(from + t * kAtOnce * stride);
+      if (old) values[t] = *reinterpret_cast<const Eight*>(from + t * kAtOnce * stride + a.kv_heads * kDim);
+      if constexpr (kInt8) {
+        const float* const scales = a.kv_scales + (slots_before + t * kAtOnce) * 2 * a.kv_heads + head;
+        key_scales[t] = old ? scales[0] : 0.0f;
+        value_scales[t] = old ? scales[a.kv_heads] : 0.0f;
+      }
     }
   };
   load(begin + warp * kBlock);
@@ -198,21 +262,40 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
     if (i >= kPairs || (which >= kGroup && !newest)) continue;
     const bool rotates = which <= kGroup;  // all but the value
     const float cosine = rotates ? cosines[e] : 1.0f, sine = rotates ? sines[e] : 0.0f;
-    const __nv_bfloat16 low = __float2bfloat16_rn(pair[e][0] * cosine - pair[e][1] * sine);
-    const __nv_bfloat16 high = __float2bfloat16_rn(pair[e][1] * cosine + pair[e][0] * sine);
+    const float first = pair[e][0] * cosine - pair[e][1] * sine, second = pair[e][1] * cosine + pair[e][0] * sine;
+    const __nv_bfloat16 low = __float2bfloat16_rn(first), high = __float2bfloat16_rn(second);
     if (which < kGroup) {
       query[which][d] = __bfloat162float(low);
       query[which][d + kHalf] = __bfloat162float(high);
       continue;
     }
-    newest_kv[which - kGroup][d] = low;
-    newest_kv[which - kGroup][d + kHalf] = high;
-    if (slot >= a.slots) continue;
-    __nv_bfloat16* const cache = a.kv + ((static_cast<int64_t>(slot) * 2 + which - kGroup) * a.kv_heads + head) * kDim;
-    cache[d] = low;
-    cache[d + kHalf] = high;
+    if constexpr (kInt8) {
+      newest_exact[which - kGroup][d] = first;
+      newest_exact[which - kGroup][d + kHalf] = second;
+    } else {
+      newest_kv[which - kGroup][d] = low;
+      newest_kv[which - kGroup][d + kHalf] = high;
+      if (slot >= a.slots) continue;
+      __nv_bfloat16* const cache = a.kv + ((static_cast<int64_t>(slot) * 2 + which - kGroup) * a.kv_heads + head) * kDim;
+      cache[d] = low;
+      cache[d + kHalf] = high;
+    }
   }
   __syncthreads();
+  if constexpr (kInt8) {
+    if (newest && warp < 2) {  // the key's, and the value's
+      const float scale = quantize_head<kDim>(newest_exact[warp], newest_kv[warp]);
+      if (lane == 0) newest_scales[warp] = scale;
+      __syncwarp();
+      if (slot < a.slots) {
+        const int64_t place = (static_cast<int64_t>(slot) * 2 + warp) * a.kv_heads + head;
+#pragma unroll
+        for (int d = lane; d < kDim; d += 32) a.int8_kv[place * kDim + d] = newest_kv[warp][d];
+        if (lane == 0) a.kv_scales[place] = scale;
+      }
+    }
+    __syncthreads();
+  }
 
   float q[kGroup][8], out[kGroup][8], largest[kGroup], total[kGroup];
   const float factor = rsqrtf(static_cast<float>(kDim)) * 1.44269504088896f;
@@ -232,8 +315,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
       if (now != t * kAtOnce) continue;
-      keys[t] = *reinterpret_cast<const uint4*>(&newest_kv[0][part * 8]);
-      values[t] = *reinterpret_cast<const uint4*>(&newest_kv[1][part * 8]);
+      keys[t] = *reinterpret_cast<const Eight*>(&newest_kv[0][part * 8]);
+      values[t] = *reinterpret_cast<const Eight*>(&newest_kv[1][part * 8]);
+      if constexpr (kInt8) {
+        key_scales[t] = newest_scales[0];
+        value_scales[t] = newest_scales[1];
+      }
     }
     float scores[kTurns][kGroup];
 #pragma unroll
@@ -248,6 +335,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
         for (int i = 0; i < 8; ++i) score += q[g][i] * key[i];
 #pragma unroll
         for (int d = kLanes / 2; d; d /= 2) score += __shfl_xor_sync(~0u, score, d);
+        if constexpr (kInt8) score *= key_scales[t];
         scores[t][g] = live ? score : -1e30f;
       }
     }
@@ -272,9 +360,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
       float value[8];
       unpack8(values[t], value);
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g)
+      for (int g = 0; g < kGroup; ++g) {
+        float weight = scores[t][g];
+        if constexpr (kInt8) weight *= value_scales[t];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[g][i] += scores[t][g] * value[i];
+        for (int i = 0; i < 8; ++i) out[g][i] += weight * value[i];
+      }
     }
     load(first + 64);
   }

@@ -40,16 +40,19 @@ Tiles tiles_of(ffi::Span<const int32_t> numbers, int weight) {
 ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBuffer added, ffi::AnyBuffer attention_norm,
                         ffi::AnyBuffer mlp_norm, ffi::AnyBuffer cosine, ffi::AnyBuffer sine, ffi::AnyBuffer slot,
                         ffi::AnyBuffer row, ffi::AnyBuffer block_table, ffi::AnyBuffer context_length,
-                        ffi::AnyBuffer kv_in, ffi::AnyBuffer qkv_values, ffi::AnyBuffer qkv_scales,
+                        ffi::AnyBuffer kv_in, ffi::AnyBuffer kv_scales_in, ffi::AnyBuffer qkv_values, ffi::AnyBuffer qkv_scales,
                         ffi::AnyBuffer o_values, ffi::AnyBuffer o_scales, ffi::AnyBuffer gate_up_values,
                         ffi::AnyBuffer gate_up_scales, ffi::AnyBuffer down_values, ffi::AnyBuffer down_scales,
                         ffi::Result<ffi::AnyBuffer> residual_out, ffi::Result<ffi::AnyBuffer> added_out,
-                        ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> scratch, float eps,
+                        ffi::Result<ffi::AnyBuffer> kv_out, ffi::Result<ffi::AnyBuffer> kv_scales_out,
+                        ffi::Result<ffi::AnyBuffer> scratch, float eps,
                         int32_t page_size, int32_t splits, ffi::Span<const int32_t> tiles) {
   const int tokens = static_cast<int>(residual.dimensions()[0]), hidden = static_cast<int>(residual.dimensions()[1]);
   if (tiles.size() != 4 * kTileNumbers || tokens > kMostTokens || splits > kMostSplits)
     return failed("sizes out of range");
+  const bool int8_kv = kv_in.element_type() == ffi::DataType::S8;  // otherwise there are no scales
   if (kv_in.untyped_data() != kv_out->untyped_data()) return failed("the cache was copied");
+  if (int8_kv && kv_scales_in.untyped_data() != kv_scales_out->untyped_data()) return failed("the cache was copied");
 
   LayerArguments l = {};
   l.input = {data<__nv_bfloat16>(residual), data<float>(added), static_cast<int>(added.dimensions()[0]),
@@ -68,7 +71,12 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
   a.row = data<int>(row);
   a.block_table = data<int>(block_table);
   a.context_length = data<int>(context_length);
-  a.kv = data<__nv_bfloat16>(kv_in);
+  if (int8_kv) {
+    a.int8_kv = data<int8_t>(kv_in);
+    a.kv_scales = data<float>(kv_scales_in);
+  } else {
+    a.kv = data<__nv_bfloat16>(kv_in);
+  }
   a.tokens = tokens;
   a.rows = static_cast<int>(block_table.dimensions()[0]);
   a.pages = static_cast<int>(block_table.dimensions()[1]);
@@ -115,8 +123,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticDecodeLayer, elastic::decode_layer,
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
-                                  .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
+                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+                                  .Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>().Ret<Buffer>()
                                   .Attr<float>("eps")
                                   .Attr<int32_t>("page_size")
                                   .Attr<int32_t>("splits")

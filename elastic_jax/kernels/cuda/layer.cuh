@@ -128,16 +128,23 @@ inline cudaError_t run_norm(bool quantized, const NormArguments& a, cudaStream_t
   return launch(kernel, dim3(a.input.tokens), kNormThreads, 0, stream, a);
 }
 
-template <int kDim, int kGroup>
-cudaError_t launch_attention(const AttentionArguments& a, cudaStream_t stream) {
-  static const cudaError_t allowed = allow_shared_memory(&attention<kDim, kGroup>);
+template <int kDim, int kGroup, bool kInt8>
+cudaError_t launch_attention_of(const AttentionArguments& a, cudaStream_t stream) {
+  auto* const kernel = &attention<kDim, kGroup, kInt8>;
+  static const cudaError_t allowed = allow_shared_memory(kernel);
   if (allowed != cudaSuccess) return allowed;
   if (device().hopper) {  // clusters of 16 are more than all devices need to have
     static const cudaError_t large =
-        cudaFuncSetAttribute(&attention<kDim, kGroup>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (large != cudaSuccess) return large;
   }
-  return launch(&attention<kDim, kGroup>, dim3(a.tokens, a.kv_heads, a.splits), kAttentionThreads, 0, stream, a, a.splits);
+  return launch(kernel, dim3(a.tokens, a.kv_heads, a.splits), kAttentionThreads, 0, stream, a, a.splits);
+}
+
+template <int kDim, int kGroup>
+cudaError_t launch_attention(const AttentionArguments& a, cudaStream_t stream) {
+  if (a.int8_kv != nullptr) return launch_attention_of<kDim, kGroup, true>(a, stream);
+  return launch_attention_of<kDim, kGroup, false>(a, stream);
 }
 
 inline cudaError_t run_attention(int dim, int group, const AttentionArguments& a, cudaStream_t stream) {

@@ -269,7 +269,8 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
 
   wait_for_predecessor();
 
-  if (blockIdx.x == 0 && threadIdx.x < a.counters_count) a.counters[threadIdx.x] = 0;
+  if (blockIdx.x == 0)
+    for (int i = threadIdx.x; i < a.counters_count; i += kThreads) a.counters[i] = 0;
   const int length = chunks * kChunkBytes * kPlanes / 2;
   if (a.packed) {
     const int held = chunks * packing.chunk_bytes();

@@ -178,6 +178,8 @@ void tune(const Shape& shape, int tokens) {
   Bench bench(shape, tokens);
   Tiles best[5] = {{2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}};
   if (tokens > 2) best[3].parts = 8;
+  if (tokens > 8 && !shape.quantized)
+    for (Tiles& size : best) size.depth = 3;
   const Weight* const weights[5] = {&bench.layers[0].qkv, &bench.layers[0].o, &bench.layers[0].gate_up,
                                     &bench.layers[0].down, &bench.head.weight};
   const char* const names[5] = {"qkv", "o", "gate_up", "down", "lm_head"};

@@ -60,17 +60,19 @@ def test_steps_are_compiled_with_the_kernels_inside(name, tmp_path):
 
 
 @pytest.mark.cuda_plugin
+@pytest.mark.parametrize("kv", ["full", "int8"])
 @pytest.mark.parametrize("name", [name for name in names() if not name.endswith("cuda12")])
-def test_decode_is_one_call_a_layer(name, tmp_path):
+def test_decode_is_one_call_a_layer(name, kv, tmp_path):
     description = find(name)
     device = absent_device(description)
     config = dataclasses.replace(CONFIG, num_kv_heads=1, num_layers=3)
-    step = dataclasses.replace(STEP, decode="cuda")
+    step = dataclasses.replace(STEP, decode="cuda", kv=kv)
     unit = next(u for u in make_units(config, provisional_plans(config)["S"], step) if u.name == "step.d4.p0.greedy")
     options = {"workers": 1, "progress": lambda *_: None, "compiler_options": description.compiler_options}
     manifest = compile_units([unit], tmp_path / "store", {}, device, **options)
     # The caches are written in place.
-    assert manifest.units[unit.name].memory.aliased >= 3 * step.kv_slots * 2 * config.kv_size * 2
+    head = 2 * config.head_dim if kv == "full" else config.head_dim + 4
+    assert manifest.units[unit.name].memory.aliased >= 3 * step.kv_slots * 2 * config.num_kv_heads * head
 
     with jax.default_device(device):
         text = jax.jit(unit.function).trace(*unit.arguments).lower(lowering_platforms=("cuda",)).as_text()

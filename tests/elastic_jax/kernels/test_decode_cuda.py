@@ -15,6 +15,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
 from elastic_jax.kernels import decode_cuda
+from elastic_jax.kv_cache import QuantizedCache
 from elastic_jax.model import Mistral
 from elastic_jax.plan import provisional_plans
 from elastic_jax.quantization import QArray
@@ -135,7 +136,8 @@ def test_other_devices_are_refused():
 @pytest.mark.parametrize("mode", ["S", "XL"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (6, 2, 64)])
-def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, dim):
+@pytest.mark.parametrize("precision", ["full", "int8"])
+def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, dim, precision):
     config = dataclasses.replace(
         MISTRAL_SMALL,
         hidden_size=512,
@@ -162,7 +164,7 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
         page_size=page,
     )
     shape = tokens * pages * page, 2, kv_heads, dim
-    kv = tuple(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for _ in range(config.num_layers))
+    kv = tuple(random_cache(rng, shape, precision) for _ in range(config.num_layers))
     token = jnp.asarray(rng.integers(0, config.vocab_size, tokens), jnp.int32)
 
     def run(decode):
@@ -185,6 +187,13 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
     for mine, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         mine, reference = np.asarray(mine, np.float64), np.asarray(reference, np.float64)
         assert np.linalg.norm(mine - reference) <= 0.01 * np.linalg.norm(reference)
+
+
+def random_cache(rng, shape, precision):
+    if precision == "full":
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    scales = rng.uniform(0.5, 2, shape[:-1]).astype(np.float32) / 50
+    return QuantizedCache(jnp.asarray(rng.integers(-127, 128, shape), jnp.int8), jnp.asarray(scales), "bfloat16")
 
 
 def random_weights(config, mode):
