@@ -247,7 +247,7 @@ def choose_tiles(capability: int, rows: int, out: int, contraction: int, blocks:
     if tiles is None:
         tiles = _measured(capability, rows, out, contraction, 1) or usual_tiles(capability, rows, out, contraction)
         if blocks > 1:
-            tiles = _for_blocks(tiles, contraction // blocks, blocks)
+            tiles = tiles_for_blocks(tiles, contraction // blocks, blocks)
     check_tiles(tiles, out, contraction, blocks)
     return tiles
 
@@ -258,7 +258,7 @@ def _measured(capability: int, rows: int, out: int, contraction: int, blocks: in
     return None if bound is None else measured[bound]
 
 
-def _for_blocks(tiles: DotTiles, block: int, blocks: int) -> DotTiles:
+def tiles_for_blocks(tiles: DotTiles, block: int, blocks: int) -> DotTiles:
     """The tiles that a dot with several scales a row takes instead: parts and steps that end where blocks do.
 
     It has two sums, and twice the warps to hold them.

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elastic_jax import kernels
-from elastic_jax.quantization import QArray, activation_blocks, quantize, quantize_8bit, quantize_16bit
+from elastic_jax.norm import RMSNorm
+from elastic_jax.quantization import QArray, activation_blocks, add_product, quantize, quantize_8bit, quantize_16bit
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -317,3 +318,31 @@ def test_one_row_in_bf16_is_never_a_matrix_vector_product_on_cpu():
     lowered = jax.jit(lambda x, w: dot(x, w, generated=1)).lower(x, weight).as_text()
     products = re.findall(r"dot_general.*: \((.*)\) ->", lowered)
     assert products == [f"tensor<2x{IN}xbf16>, tensor<{OUT}x{IN}xbf16>"]
+
+
+# -- what stands before and after the dot ------------------------------------------------------------------------------
+
+
+def weights_of_every_kind():
+    plain = np.random.default_rng(8).standard_normal((OUT, IN))
+    floats = [jnp.asarray(plain, dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    return [*floats, *(weight_of(8, width) for width in ("a8", "a8b", "a16"))]
+
+
+@pytest.mark.parametrize("weight", weights_of_every_kind(), ids=["float32", "bfloat16", "a8", "a8b", "a16"])
+@pytest.mark.parametrize("generated", [0, 2, 5])
+def test_norm_and_residual_are_as_if_computed_apart(weight, generated):
+    rng = np.random.default_rng(9)
+    x, residual = (jnp.asarray(rng.standard_normal((5, n)), jnp.bfloat16) for n in (IN, OUT))
+    norm = RMSNorm(jnp.asarray(rng.uniform(0.5, 2, IN), jnp.bfloat16), 1e-5)
+    product = dot(norm(x), weight, generated=generated)
+    found = dot(x, weight, generated=generated, norm=norm, residual=residual)
+    assert found.dtype == jnp.bfloat16
+    assert (np.asarray(found) == np.asarray(residual + product.astype(jnp.bfloat16))).all()
+
+
+def test_a_product_is_rounded_before_it_is_added_even_where_both_are_fused():
+    # 1 + 1/256 + 1/512 is rounded to 1 + 1/128 in bfloat16, and 1/256 to itself.
+    residual, product = jnp.full((1, 1), 1 / 256, jnp.bfloat16), jnp.full((1, 1), 1 + 3 / 512, jnp.float32)
+    assert float(jax.jit(add_product)(residual, product)[0, 0]) == float(residual[0, 0] + jnp.bfloat16(1 + 1 / 128))
+    assert add_product(None, product) is product

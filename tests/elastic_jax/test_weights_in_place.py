@@ -20,7 +20,10 @@ from elastic_jax.weights import abstract_weights, flatten
 
 CONFIG = dataclasses.replace(MISTRAL_SMALL, num_layers=1)
 STEP = default_step_config(CONFIG, "gpu", "bfloat16", kv_slots=4096, max_context=4096)
-PRODUCTS = ("custom-call __gpu$xla.gpu.triton", "custom-call __cublas$lt$matmul", "custom-call __cublas$gemm")
+PRODUCTS = tuple(
+    f"custom-call {target}"
+    for target in ("__gpu$xla.gpu.triton", "mosaic_gpu_v2", "__cublas$lt$matmul", "__cublas$gemm")
+)
 
 
 def plan_of(mode: str) -> Plan:
