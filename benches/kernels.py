@@ -117,7 +117,7 @@ def integer_dots(config: ModelConfig, implementations: Sequence[str]) -> Iterabl
                 x = _int8(keys[0], (count, inputs))
                 row_scales = jax.random.uniform(keys[1], (count, 1), minval=0.5)
                 scales = jax.random.uniform(keys[2], (outputs, 1), minval=0.5)
-                layers = [(x, row_scales, _int8(key, (outputs, inputs)), scales) for key in keys[3:]]
+                layers = [(x, row_scales, _int8(key, (outputs, inputs)), scales, None) for key in keys[3:]]
                 return Made(kernels.INTEGER_DOT[implementation].multiply, layers, _exact_integer_dot, 1e-6)
 
             work = f"{name} [{out}, {contraction}], {rows} rows"
@@ -125,8 +125,9 @@ def integer_dots(config: ModelConfig, implementations: Sequence[str]) -> Iterabl
             yield Case("integer_dot", implementation, work, out * contraction, operations, "int8", make)
 
 
-def _exact_integer_dot(x: Any, row_scales: Any, values: Any, scales: Any) -> jax.Array:
+def _exact_integer_dot(x: Any, row_scales: Any, values: Any, scales: Any, residual: None) -> jax.Array:
     """int8 is exact in float32, and so are sums below 2**24; another route than the integer dots'."""
+    del residual  # products alone are measured
     exact = jnp.dot(x.astype(jnp.float32), values.T.astype(jnp.float32), precision="highest")
     return exact * row_scales * scales[:, 0][None, :]
 
