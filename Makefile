@@ -9,7 +9,7 @@ ELASTIC_JAX_CACHE ?= $(CURDIR)/.cache/elastic-jax
 export ELASTIC_JAX_CACHE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu lint format kernels sync clean
+.PHONY: help demo test test-all test-gpu lint format docs new-user install-size kernels sync clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,17 @@ lint: .venv/.synced ## check lint, format, types, and that README shows the comm
 format: .venv/.synced ## mend lint and format where a machine can
 	@$(RUN) ruff check --fix
 	@$(RUN) ruff format
+
+docs: .venv/.synced ## build the documentation into .cache/site; a warning is an error
+	@$(UV) sync --quiet --frozen --inexact --group docs
+	@$(RUN) sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs .cache/site
+	@echo "The documentation is in .cache/site/index.html"
+
+new-user: ## follow docs/start.md literally in a fresh environment, and time it
+	@python3 scripts/new_user.py
+
+install-size: .venv/.synced ## print the sizes of the wheels that a base installation downloads
+	@$(RUN) python scripts/install_size.py
 
 kernels: .venv/.synced ## build the CUDA kernels again (needs nvcc of CUDA 13, and no GPU)
 	@PYTHON=$(CURDIR)/.venv/bin/python bash elastic_jax/kernels/cuda/build.sh

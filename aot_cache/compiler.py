@@ -25,6 +25,7 @@ from aot_cache.store import full_identity, verify
 from aot_cache.target import Device, Target
 from aot_cache.unit import Unit
 from elastic_jax.errors import ExecutableError
+from elastic_jax.system_errors import about
 
 type Progress = Callable[[str, float | None, int, int], None]
 """Called with a unit's name, its seconds (None when it starts), how many units are done, and how many there are."""
@@ -232,7 +233,7 @@ def _replace_folder(partial: Path, folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "wb") as file:
+    with about(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

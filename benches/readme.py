@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_quality
 import readme_search
 import readme_speed
 from readme_speed import table, where
@@ -160,6 +161,7 @@ SECTIONS = {
     "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
     "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
     "search": Section(("*/search*.json",), readme_search.both, optional=True),
+    "quality": Section(("*/quality.json",), each(readme_quality.quality), optional=True),
     "fidelity": Section(("cpu-*/fidelity.json", "nvidia-*/fidelity.json"), fidelity),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),
@@ -167,6 +169,10 @@ SECTIONS = {
     "startup": Section(("*/startup.json",), each(readme_speed.startup)),
     "greedy": Section(("nvidia-*/greedy.json",), each(greedy)),
 }
+
+
+PLOTS: dict[str, Any] = {"latency": readme_speed, "quality": readme_quality}
+"""Result file -> the module that draws its plot."""
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:
@@ -192,11 +198,12 @@ def rendered(text: str, folder: Path = RESULTS) -> str:
 def outdated_plots(folder: Path = RESULTS, root: Path = ROOT) -> list[tuple[Path, dict[str, Any]]]:
     """The plots that are missing, or drawn from other results, and what to draw them from."""
     found = []
-    for file in sorted(folder.glob("*/latency.json")):
-        result = json.loads(file.read_text())
-        path = root / readme_speed.plot_name(result)
-        if not path.exists() or readme_speed.plot_digest(result) not in path.read_text("utf-8"):
-            found.append((path, result))
+    for kind, drawn in PLOTS.items():
+        for file in sorted(folder.glob(f"*/{kind}.json")):
+            result = json.loads(file.read_text())
+            path = root / drawn.plot_name(result)
+            if not path.exists() or drawn.plot_digest(result) not in path.read_text("utf-8"):
+                found.append((path, result))
     return found
 
 
@@ -212,7 +219,7 @@ def main() -> None:
         names = ["README.md"] * (before != after) + [str(path.relative_to(ROOT)) for path, _ in plots]
         sys.exit(f"{', '.join(names)}: not what the results say; run `python benches/readme.py`")
     for path, result in plots:
-        readme_speed.plot(result, path)
+        PLOTS[result["bench"]].plot(result, path)
     readme.write_text(after, "utf-8")
 
 

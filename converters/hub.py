@@ -7,6 +7,7 @@ from pathlib import Path
 
 from converters.huggingface import CONFIG, INDEX, SINGLE, TOKENIZER_FILES, TOKENIZER_JSON
 from converters.names import list_names
+from converters.tekken import TEKKEN_JSON
 from elastic_jax import hub_access
 from elastic_jax.checkpoint_format import MANIFEST
 from elastic_jax.errors import ConversionError
@@ -67,7 +68,7 @@ def _needed(names: Iterable[str], repository: str) -> tuple[str, ...]:
         raise ConversionError(_no_weights(sorted(found), repository))
     if CONFIG not in found:
         raise ConversionError(f"{repository} holds no {CONFIG}: it is not a model of transformers")
-    if TOKENIZER_JSON not in found:
+    if TOKENIZER_JSON not in found and TEKKEN_JSON not in found:
         raise ConversionError(f"{repository} holds no {TOKENIZER_JSON}. {COMPLETE_TOKENIZER}")
     return tuple(sorted([CONFIG, *weights, *(name for name in TOKENIZER_FILES if name in found)]))
 

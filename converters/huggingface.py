@@ -10,6 +10,7 @@ from converters.config import MULTIMODAL_ARCHITECTURE, parse_config
 from converters.names import list_names, match_names
 from converters.safetensors_header import read_header, refuse_types
 from converters.source import Source, SourceTensor, merge_tensors
+from converters.tekken import TEKKEN_JSON, build_tokenizer
 from elastic_jax.checkpoint_format import MANIFEST
 from elastic_jax.errors import ConversionError
 from elastic_jax.tokenizer import COMPLETE_TOKENIZER
@@ -23,7 +24,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
-    "tekken.json",
+    TEKKEN_JSON,
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -64,6 +65,11 @@ def open_folder(folder: Path, *, repository: str | None, commit: str | None) -> 
     if config.tie_word_embeddings and _LM_HEAD in stored:
         _check_tied(stored[_EMBEDDING], stored[_LM_HEAD], folder)
     tokenizer = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    if TOKENIZER_JSON not in tokenizer and TEKKEN_JSON in tokenizer:
+        # What the folder has goes before what is made.
+        source = str(folder / TEKKEN_JSON)
+        made = build_tokenizer(tokenizer[TEKKEN_JSON], vocab_size=config.vocab_size, source=source)
+        tokenizer = made | tokenizer
     if TOKENIZER_JSON not in tokenizer:
         raise ConversionError(f"{folder} holds no {TOKENIZER_JSON}. {COMPLETE_TOKENIZER}")
     records = tuple(sorted((file for file, _ in files), key=lambda file: file.name))

@@ -7,15 +7,18 @@ far as the engine has rows, and written in the order in which they end.
 import concurrent.futures
 import dataclasses
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from elastic_jax.batch_requests import BatchRequest, completion, custom_id_of, parse_request
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import ElasticError, RequestError
 from elastic_jax.generation import Generation
+from elastic_jax.system_errors import about
 
 _ID = "batch_req_"
 
@@ -96,7 +99,8 @@ def run_batch(
     result = BatchResult(done=len(done))
     seen: set[str] = set()
     rows = model.engine.config.rows
-    with out.open("ab") as file, concurrent.futures.ThreadPoolExecutor(rows) as pool:
+    # Not buffered: what could not be written must not be tried again when the file is closed.
+    with out.open("ab", buffering=0) as file, concurrent.futures.ThreadPoolExecutor(rows) as pool:
         _drop_partial_line(out, file)
         running: set[concurrent.futures.Future[dict[str, Any]]] = set()
 
@@ -106,7 +110,7 @@ def run_batch(
                 for future in ended:
                     running.discard(future)
                     if not future.cancelled() and not isinstance(future.exception(), Stopped):
-                        _write(file, future.result(), result)
+                        _write(file, out, future.result(), result)
                         progress(result)
 
         try:
@@ -123,19 +127,29 @@ def run_batch(
             write_some(0)
         except BaseException:
             stop.set()  # the pool waits for its threads
+            if not os.fstat(file.fileno()).st_size:
+                out.unlink(missing_ok=True)
             raise
     return result
 
 
-def _drop_partial_line(out: Path, file: BinaryIO) -> None:
+def _drop_partial_line(out: Path, file: FileIO) -> None:
     """An interruption may have left the beginning of a line."""
     text = out.read_bytes()
     file.truncate(text.rfind(b"\n") + 1)
 
 
-def _write(file: BinaryIO, answer: dict[str, Any], result: BatchResult) -> None:
-    file.write(json.dumps(answer).encode() + b"\n")
-    file.flush()
+def _write(file: FileIO, out: Path, answer: dict[str, Any], result: BatchResult) -> None:
+    """Appends a whole line, or nothing."""
+    line = memoryview(json.dumps(answer).encode() + b"\n")
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with about(out):
+            while line:
+                line = line[file.write(line) :]
+    except OSError:
+        file.truncate(size)
+        raise
     if answer["error"] is None:
         result.answered += 1
         result.new_tokens += answer["response"]["body"]["usage"]["completion_tokens"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from elastic_jax.elastic import DEFAULT_NEW_TOKENS, ElasticMistral
 from elastic_jax.errors import RequestError
+from elastic_jax.system_errors import about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,8 @@ class Conversation:
         """
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(json.dumps(self.prompt, ensure_ascii=False, indent=1) + "\n", "utf-8")
+            with about(path):
+                partial.write_text(json.dumps(self.prompt, ensure_ascii=False, indent=1) + "\n", "utf-8")
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ DIR/executables/                   compiled units; elsewhere for a checkpoint th
 """
 
 import json
+import re
 import shlex
 import threading
 from collections.abc import Iterable
@@ -223,6 +224,8 @@ class Checkpoint:
             plan = None if frontier is None else frontier.plan(mode)
             if plan is None:
                 searched = f", or of its frontier {REQUESTS}" if frontier else ""
+                if frontier is None and re.match(r"[0-9.]|[a-z-]+=", mode):  # what only a frontier could mean
+                    searched = "; others are there after `elastic-jax search`"
                 raise PlanError(f"{self.path} has no mode {mode!r}; modes there: {modes}{searched}")
             plan.check(self.config)
             return plan

@@ -1,8 +1,10 @@
 """Files that are whole or absent: everything goes to a temporary sibling, is flushed to the disk, and is renamed."""
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from elastic_jax.checkpoint_format import FileRecord
+from elastic_jax.system_errors import about
 
 PARTIAL = ".partial"
 """Suffix of what is being written; anything that has it was interrupted and may be deleted."""
@@ -43,13 +46,21 @@ def forget_pages(descriptor: int, offset: int, size: int) -> None:
 
 
 def write_file(path: Path, content: bytes) -> FileRecord:
-    """Writes a file atomically."""
+    """Writes a file atomically.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it then, and what was there before is.
+    """
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with about(path), partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
     return FileRecord(len(content), hashlib.sha256(content).hexdigest())
 
@@ -83,7 +94,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # on a full disk above all
+        raise
     for entry in (*partial.rglob("*"), partial):
         sync(entry)
     if path.exists():
@@ -106,6 +121,7 @@ def write_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> dict[str, File
 
     # Orbax's default, OCDBT, is slower here and names its files at random. The handler is used alone because the
     # checkpointer around it adds files with times in them; atomicity is new_folder's part.
+    _silence_orbax()
     with new_folder(path) as partial:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False, use_compression=False)
         try:
@@ -118,6 +134,12 @@ def write_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> dict[str, File
             with (partial / name).open("rb") as file:
                 forget_pages(file.fileno(), 0, record.size)
         return files
+
+
+@functools.cache
+def _silence_orbax() -> None:
+    """Orbax raises what went wrong in its threads, and prints it with a traceback before."""
+    logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
 
 def _chunk_bytes(array: np.ndarray) -> int | None:

@@ -19,6 +19,7 @@ from elastic_jax.cli_bench import bench
 from elastic_jax.cli_cache import cache_app
 from elastic_jax.cli_chat import chat
 from elastic_jax.cli_doctor import doctor
+from elastic_jax.cli_eval import evaluate
 from elastic_jax.cli_frontier import cost, frontier, search
 from elastic_jax.cli_generate import generate
 from elastic_jax.cli_options import (
@@ -42,8 +43,8 @@ from elastic_jax.cli_options import (
 )
 from elastic_jax.cli_search import calibrate
 from elastic_jax.errors import ElasticError
-from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.offline import go_offline
+from elastic_jax.system_errors import describe as describe_error
 from elastic_jax.workers import default_workers
 
 app = typer.Typer(
@@ -212,13 +213,14 @@ def dump_target(
 ) -> None:
     """Describe the GPU at hand, so that `compile --target FILE` can compile for it elsewhere."""
     from aot_cache.targets import Description
+    from elastic_jax.checkpoint_io import write_file
     from elastic_jax.device import default_device
 
     text = json.dumps(Description.of(default_device()).to_json(), indent=1)
     if out is None:
         typer.echo(text)
     else:
-        out.write_text(text + "\n")
+        write_file(out, f"{text}\n".encode())
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
@@ -252,19 +254,24 @@ def verify(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def info(
     checkpoint: CheckpointOrIdArgument,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the plans into this SVG file.", metavar="FILE.svg", show_default=False)
+    ] = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a checkpoint: its model, modes and executables. Of one on the Hub, no weights are fetched."""
-    from elastic_jax.info import describe, describe_remote, render
+    from elastic_jax.info import describe_opened, open_described, render
 
-    if is_remote(checkpoint):
-        hide_hub_progress(as_json)
-        described = describe_remote(checkpoint, revision=revision, token=token)
-    else:
-        refuse_revision(checkpoint, revision)
-        described = describe(Path(checkpoint))
+    hide_hub_progress(as_json)
+    opened = open_described(checkpoint, revision=revision, token=token)
+    described = describe_opened(opened, checkpoint)
+    if plot is not None:
+        from elastic_jax.info_plot import plot as draw
+
+        draw(opened, plot, checkpoint)
+        described["plot"] = str(plot)
     print_value(described, as_json, lambda: render(described))
 
 
@@ -276,6 +283,7 @@ app.command()(generate)
 
 for _command in (chat, batch, cli_plan.plan, cli_plan.modes, doctor, calibrate, cost, search, frontier):
     app.command()(_command)
+app.command("eval")(evaluate)
 app.add_typer(cache_app, name="cache")
 
 
@@ -326,11 +334,18 @@ def push(
 @app.command()
 def demo(
     directory: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; the cache by default.")] = None,
+    fetch: Annotated[
+        Path | None, typer.Option(help="Only fetch the model, and copy it to this .gguf file.", metavar="FILE")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a small real model, convert it, compile every mode, and generate with each in a fresh process."""
-    from elastic_jax.demo import run_demo
+    from elastic_jax.demo import fetch_model, run_demo
 
+    if fetch is not None:
+        size = fetch_model(fetch)
+        print_value({"path": str(fetch), "bytes": size}, as_json, lambda: f"{fetch}: {size / 1e6:.1f} MB")
+        return
     results = run_demo(directory, lambda message: note(message, as_json))
     if as_json:
         typer.echo(json.dumps(results))
@@ -347,7 +362,7 @@ def _run(command: Callable[[], Any]) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except OSError as error:  # no permission, no space, no such device: the system's words are the message
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {describe_error(error)}", err=True)
         sys.exit(1)
 
 

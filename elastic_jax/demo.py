@@ -1,7 +1,9 @@
 """The demo: the whole path on a small real model, each mode in a process of its own that may not compile."""
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,28 @@ from elastic_jax.plan import MODES
 _STANDARD_ERROR = 2  # the descriptor: `sys.stderr` may be something else than a file
 
 PROMPT = "Name three things that make a good library, and say why in one sentence each."
+
+
+def fetch_model(destination: Path) -> int:
+    """Copies the demo's model to a file, from the cache, into which it is fetched once.
+
+    Returns:
+        its bytes.
+
+    Raises:
+        ElasticError: the file is there already, or the model cannot be fetched.
+        OSError: the file cannot be written; nothing is left of it then.
+    """
+    if destination.exists():
+        raise ElasticError(f"{destination} is there already: name a file that is not, or use this one")
+    source = demo_model(default_cache())
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    return destination.stat().st_size
 
 
 def run_demo(directory: Path | None, say: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -47,3 +47,7 @@ class RequestError(ElasticError, ValueError):
 
 class TokenizerError(ElasticError):
     """A checkpoint's tokenizer is missing or lacks what was asked of it (a chat template, say)."""
+
+
+class EvaluationError(ElasticError):
+    """Tasks cannot be evaluated: lm-eval is missing, a task is unknown, items or stored answers are malformed."""

@@ -243,7 +243,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
-        kernels.prepare_to_load(step.decode, step.sampling)
+        kernels.prepare_to_load(step.integer_dot, step.decode, step.sampling)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

@@ -8,7 +8,7 @@ from aot_cache.manifest import read_manifest
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ElasticError
 from elastic_jax.executables import store_folders
-from elastic_jax.hub_id import is_remote
+from elastic_jax.hub_id import is_remote, refuse_revision
 from elastic_jax.memory import gib
 
 
@@ -18,22 +18,26 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no complete checkpoint.
     """
-    return _describe(Checkpoint.open(path), str(path))
+    return describe_opened(Checkpoint.open(path), str(path))
 
 
-def describe_remote(repository: str, *, revision: str | None, token: str | None) -> dict[str, Any]:
-    """The same of a checkpoint on the Hub, of which no weights and no executables are fetched.
+def open_described(name: str, *, revision: str | None, token: str | None) -> Checkpoint:
+    """A checkpoint to be described: a folder, or one on the Hub, of which no weights and no executables are fetched.
 
     Raises:
         HubError: the repository cannot be had.
-        CheckpointError: it is no Elastic checkpoint.
+        CheckpointError: there is no complete Elastic checkpoint, or a revision was asked for of a folder.
     """
+    if not is_remote(name):
+        refuse_revision(name, revision)
+        return Checkpoint.open(Path(name))
     from elastic_jax.hub_load import fetch_description  # the Hub's client takes long to import
 
-    return _describe(fetch_description(repository, revision=revision, token=token), repository)
+    return fetch_description(name, revision=revision, token=token)
 
 
-def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def describe_opened(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """What `describe` gives, of a checkpoint that is open, under its own name."""
     modes = []
     for plan in checkpoint.plans().values():
         try:
@@ -47,6 +51,7 @@ def _describe(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
                 "choices": plan.counts(),
                 "provisional": plan.provisional,
                 "note": plan.note,
+                "promise": plan.measured.get("promise"),
             }
         )
     return {
@@ -79,6 +84,19 @@ def _describe_store(folder: Path) -> dict[str, Any]:
         return described | {"problem": str(error)}
 
 
+def _promise(mode: str, promise: dict[str, Any]) -> str:
+    """A mode's promise, whether it is certified, and on which items."""
+    told = f"{mode} promises to lose less than {100 * promise['largest_loss']:.3g} %: {promise['status']}"
+    if promise.get("items"):
+        told += f" on {promise['n']} items of {', '.join(promise['items'])}"
+    if promise.get("loss_upper95") is not None:
+        told += (
+            f", measured loss {100 * promise['loss']:.2f} %, below {100 * promise['loss_upper95']:.2f} % with 95 % "
+            "confidence"
+        )
+    return told + (f" ({promise['why_not']})" if promise.get("why_not") else "")
+
+
 def render(info: dict[str, Any]) -> str:
     """The same as text."""
     model = info["model"]
@@ -95,6 +113,7 @@ def render(info: dict[str, Any]) -> str:
         lines.append(f"{mode['mode']:5s} {size:11s} {groups}{mark}")
     notes = {mode["note"] if mode["provisional"] else f"{mode['mode']}: {mode['note']}" for mode in info["modes"]}
     lines += ["", *sorted(notes)] if notes else []
+    lines += [_promise(mode["mode"], mode["promise"]) for mode in info["modes"] if mode["promise"]]
     lines.append("")
     if not info["executables"]:
         compiling = f"compile with `elastic-jax compile {shlex.quote(info['path'])}`"

@@ -2,7 +2,7 @@
 
 Newer Mistral models are published with a tekken.json and no chat template. mistral-common reads it, and writes system
 prompts, tools, calls and their results as the version of the format that it names says (v7 for Small-3.1). It is not
-among the dependencies of this package: `pip install mistral-common`.
+among the dependencies of this package: the extra `mistral` installs it.
 """
 
 import importlib
@@ -58,7 +58,8 @@ class MistralChat:
         if importlib.util.find_spec("mistral_common") is None:
             raise TokenizerError(
                 f"{self._file.parent}: the model has no chat template; its conversations are encoded by mistral-common "
-                "from tekken.json, and that is not installed: pip install mistral-common, or give a prompt as text"
+                "from tekken.json, and that is not installed: pip install 'elastic-jax[mistral]' (or "
+                "mistral-common), or give a prompt as text"
             )
         protocol = importlib.import_module("mistral_common.protocol.instruct.request")
         if self._tokenizer is None:

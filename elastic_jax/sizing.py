@@ -15,14 +15,16 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.checkpoint_format import MANIFEST
 from elastic_jax.config import ModelConfig
 from elastic_jax.device import default_device
-from elastic_jax.errors import CheckpointError, ConversionError
+from elastic_jax.errors import CheckpointError, ConfigError, ConversionError
 from elastic_jax.executables import PAGE_SIZE, default_step_config
 from elastic_jax.hub_id import is_hub_id
 from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.memory import JAX_FRACTION, available_memory, estimated_workspace, plan_memory
 from elastic_jax.plan import Plan, provisional_plans
 from elastic_jax.pools import CPU_SLOTS
-from elastic_jax.step import ComputeDtype
+from elastic_jax.search.workload import Workload
+from elastic_jax.step import ComputeDtype, StepConfig
+from elastic_jax.time_estimates import estimate_times, measured_reading
 from elastic_jax.weights import abstract_weights, weight_bytes
 
 
@@ -112,13 +114,15 @@ class Place:
         name: for people.
         platform: `cpu` or `gpu`.
         available: bytes that can be allocated; None if it does not say.
-        bandwidth: bytes a second of its memory, by its maker; None for CPUs, whose is not known.
+        bandwidth: bytes a second of its memory: a GPU's by its maker, a CPU's as measured; None if not known.
+        description: of a GPU; times are predicted from it.
     """
 
     name: str
     platform: str
     available: int | None
     bandwidth: int | None
+    description: Description | None = None
 
 
 def place(target: str | None) -> Place:
@@ -130,16 +134,20 @@ def place(target: str | None) -> Place:
     """
     if target is None:
         device = default_device()
-        config = Description.of(device).config if device.platform == "gpu" else None
-        return Place(device.device_kind, device.platform, available_memory(device), _bandwidth(config))
-    config = find(target).config
+        available = available_memory(device)
+        if device.platform != "gpu":
+            return Place(device.device_kind, device.platform, available, round(measured_reading()))
+        here = Description.of(device)
+        return Place(device.device_kind, device.platform, available, _bandwidth(here.config), here)
+    description = find(target)
+    config = description.config
     memory = target_config.memory_bytes(config, source=f"target {target}")
     kind = target_config.device_kind(config, source=f"target {target}")
-    return Place(kind, "gpu", int(JAX_FRACTION * memory), _bandwidth(config))
+    return Place(kind, "gpu", int(JAX_FRACTION * memory), _bandwidth(config), description)
 
 
-def _bandwidth(config: str | None) -> int | None:
-    found = re.search(r"\bmemory_bandwidth:\s*(\d+)", config or "")
+def _bandwidth(config: str) -> int | None:
+    found = re.search(r"\bmemory_bandwidth:\s*(\d+)", config)
     return int(found[1]) if found else None
 
 
@@ -151,11 +159,13 @@ def size_mode(
     *,
     max_context: int | None,
     kv: KvPrecision = "full",
+    workload: Workload | None = None,
 ) -> dict[str, Any]:
     """What one mode takes on a device, JSON-ready; bytes, and tokens.
 
     `kv_tokens` is the largest KV pool that fits beside the weights, `decode_tokens_per_second_at_most` what reading
-    the weights once a token allows for one sequence; the measured rate is lower.
+    the weights once a token allows for one sequence; the measured rate is lower. `estimate` is what a workload takes
+    (`TimeEstimate`); None where nothing is predicted.
 
     Args:
         config: the model.
@@ -164,6 +174,10 @@ def size_mode(
         dtype: compute type.
         max_context: longest context in tokens, or None.
         kv: precision of the KV cache.
+        workload: what times are estimated for, or None.
+
+    Raises:
+        ConfigError: the sizes contradict each other.
     """
     step = default_step_config(
         config, where.platform, dtype, kv_slots=max(CPU_SLOTS, max_context or 1), max_context=max_context, kv=kv
@@ -189,4 +203,16 @@ def size_mode(
         "fits": available is None or (tokens is not None and tokens >= max(PAGE_SIZE, max_context or 1)),
         "kv_tokens": tokens,
         "decode_tokens_per_second_at_most": round(where.bandwidth / read, 1) if where.bandwidth else None,
+        "estimate": _estimate(config, plan, where, workload, step),
     }
+
+
+def _estimate(
+    config: ModelConfig, plan: Plan, where: Place, workload: Workload | None, step: StepConfig
+) -> dict[str, float] | None:
+    if where.description is None or workload is None:
+        return None
+    try:
+        return dataclasses.asdict(estimate_times(config, plan, workload, where.description, step))
+    except ConfigError:
+        return None  # older than what is predicted; sizes are told all the same

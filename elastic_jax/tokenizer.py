@@ -22,7 +22,7 @@ from elastic_jax.mistral_pattern import correct_pattern
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 COMPLETE_TOKENIZER = (
-    "A folder with only tekken.json or tokenizer.model is completed by "
+    "A folder with only tokenizer.model is completed by "
     "transformers.AutoTokenizer.from_pretrained(...).save_pretrained(...)"
 )
 

@@ -50,7 +50,13 @@ def make_units(config: ModelConfig, plan: Plan, step: StepConfig) -> list[Unit]:
         PlanError: the plan is for another model.
         ConfigError: the step names an implementation that there is not.
     """
-    leaves, graph, tree = flatten(build_model(config, abstract_weights(config, plan, step.dtype), step))
+    return units_of(build_model(config, abstract_weights(config, plan, step.dtype), step), step)
+
+
+def units_of(abstract: Mistral, step: StepConfig) -> list[Unit]:
+    """Every unit that runs a model, given its module over shapes."""
+    config = abstract.config
+    leaves, graph, tree = flatten(abstract)
     choose = kernels.sampling(step.sampling)
     state = steps.abstract_state(config, step)
     sampling = steps.abstract_sampling(config, step)

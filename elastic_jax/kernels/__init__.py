@@ -114,12 +114,16 @@ def sampling(name: str) -> Choose:
     return _named(SAMPLING, name, "sampling")
 
 
-def prepare_to_load(decode: str, sampling: str) -> None:
+def prepare_to_load(integer_dot: str, decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
         ConfigError: a library cannot be loaded here.
     """
+    if integer_dot == "pallas":  # On Hopper, products of many rows are kernels of a library.
+        from elastic_jax.kernels import integer_dot_cuda
+
+        integer_dot_cuda.register()
     if decode == "cuda":
         from elastic_jax.kernels import decode_cuda
 

@@ -3,6 +3,8 @@
 Its interface is `integer_dot_xla`'s; only the last rounding may differ. There is nothing in it for XLA to tune, so that
 a program compiled without the device is as fast as one compiled on it.
 
+Products of many rows on Hopper are left to `integer_dot_cuda`.
+
 A product of few rows is bound by reading the weight. Tiles of it are then the left operand, whose height the tensor
 cores fill, and the contraction is split among programs wherever the outputs alone would leave multiprocessors idle.
 """
@@ -22,7 +24,8 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int8
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability
+from elastic_jax.kernels import integer_dot_cuda
+from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability, multiprocessors
 from elastic_jax.quantization import add_product
 
 _NAME = "the integer dot called 'pallas'"
@@ -78,6 +81,9 @@ def multiply(
         ConfigError: the device traced for is not an NVIDIA GPU that has what the kernel needs, or the sizes do not
             divide into its tiles.
     """
+    width = _cuda_width_here(row_scales, values)
+    if width is not None and (residual is None or residual.dtype == jnp.bfloat16):
+        return integer_dot_cuda.run(x, row_scales, values, scales, residual, width, gated=False)
     tiles = _tiles_here(x, row_scales, values)
     return run(x, row_scales, values, scales, residual, tiles, gated=False, interpret=False)
 
@@ -93,8 +99,19 @@ def multiply_gated(
     Raises:
         ConfigError: as `multiply`.
     """
+    width = _cuda_width_here(row_scales, values)
+    if width is not None:
+        return integer_dot_cuda.run(x, row_scales, values, scales, None, width, gated=True)
     tiles = dataclasses.replace(_tiles_here(x, row_scales, values), splits=1)
     return run(x, row_scales, values, scales, None, tiles, gated=True, interpret=False)
+
+
+def _cuda_width_here(row_scales: Array, values: Array) -> int | None:
+    """Tiles of the kernel in CUDA C++ that takes this product instead, if it does; it follows from shapes and GPU."""
+    out, contraction = values.shape
+    capability = compute_capability(_NAME, _INSTEAD)
+    rows, blocks = row_scales.shape
+    return integer_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks)
 
 
 def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:

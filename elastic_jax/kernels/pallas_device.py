@@ -1,6 +1,7 @@
 """Which GPUs the Pallas kernels are for."""
 
 from jax.experimental.pallas import triton
+from jax.extend import backend
 
 from elastic_jax.errors import ConfigError
 
@@ -27,3 +28,8 @@ def compute_capability(name: str, instead: str) -> int:
         found = info.compute_capability / 10
         raise ConfigError(f"{need}, found {info.arch_name} ({found}); {instead}")
     return info.compute_capability
+
+
+def multiprocessors() -> int:
+    """Of the device traced for."""
+    return backend.get_default_device().core_count

@@ -30,20 +30,20 @@ _BLOCK_SCALES = 1.2
 """Time of a product with block scales over one without: an assumption, no GPU kernel for it was measured."""
 
 
-def predict_costs(config: ModelConfig, workload: Workload, target: str, step: StepConfig) -> Costs:
+def predict_costs(config: ModelConfig, workload: Workload, target: str | Description, step: StepConfig) -> Costs:
     """Seconds of each kind of group by choice and role on a described GPU.
 
     Args:
         config: the model.
         workload: decides which buckets, and how long contexts are.
-        target: a name of `elastic-jax targets`, or a file of `dump-target`.
+        target: a name of `elastic-jax targets`, a file of `dump-target`, or a description.
         step: whose buckets and rows are used.
 
     Raises:
         ExecutableError: there is no such target.
         ConfigError: its description lacks a number.
     """
-    description = find(target)
+    description = target if isinstance(target, Description) else find(target)
     bandwidth = _number(description, "memory_bandwidth")
     clock, cores = _number(description, "clock_rate_ghz") * 1e9, _number(description, "core_count")
     capability = round(10 * _number(description, "major") + _number(description, "minor"))

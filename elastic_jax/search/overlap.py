@@ -37,7 +37,7 @@ def task_grams(files: Iterable[Path]) -> dict[Gram, str]:
     found: dict[Gram, str] = {}
     for file in files:
         try:
-            lines = file.read_text("utf-8").splitlines()
+            lines = file.read_text("utf-8").split("\n")  # `splitlines` would also cut at U+2028, inside an item
             items = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
         except (OSError, ValueError) as error:
             raise ConfigError(f"evaluation items must be JSON lines, but {file} cannot be read: {error}") from None

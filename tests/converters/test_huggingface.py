@@ -101,7 +101,7 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path, config):
 
 def test_a_tokenizer_that_cannot_be_loaded_is_refused_before_the_work(write_folder, config, weights):
     folder = write_folder(config, weights)
-    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(ConversionError, match=r"holds no tokenizer\.json.*AutoTokenizer"):
         opened(folder)
 

@@ -71,6 +71,19 @@ def test_a_failed_command_ends_the_demo(capfd: pytest.CaptureFixture[str]) -> No
     assert "no Elastic checkpoint" in capfd.readouterr().err
 
 
+def test_the_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached, wanted = tmp_path / "cached.gguf", tmp_path / "new.gguf"
+    cached.write_bytes(b"model")
+    monkeypatch.setattr(demo, "demo_model", lambda _: cached)
+    assert demo.fetch_model(wanted) == 5
+    assert wanted.read_bytes() == b"model"
+    with pytest.raises(ElasticError, match="is there already"):
+        demo.fetch_model(wanted)
+    with pytest.raises(OSError, match="No such file"):
+        demo.fetch_model(tmp_path / "absent" / "new.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"cached.gguf", "new.gguf"}
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a random model, whose four modes take as long to compile as a real one's."""

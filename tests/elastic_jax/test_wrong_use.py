@@ -1,18 +1,21 @@
 """Wrong uses of the program: each ends with one clear message, no result, no traceback, and nothing left behind."""
 
+import contextlib
 import io
 import json
+import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from tiny import FIXTURES
+from tiny import FIXTURES, CompiledTiny, tiny_step_config
 
-from elastic_jax import cli
+from elastic_jax import cli, executables
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.step import Bucket
 
 
 class Wrong(NamedTuple):
@@ -23,13 +26,23 @@ class Wrong(NamedTuple):
         status: 2 where the command line itself is wrong, 1 for all else.
         words: what the message must say.
         stdin: standard input.
+        environment: variables that are set.
+        limit: bytes that a file may have, so that writing more fails as on a full disk.
     """
 
     command: str
     status: int
     words: tuple[str, ...]
     stdin: bytes = b""
+    environment: tuple[tuple[str, str], ...] = ()
+    limit: int | None = None
 
+
+LOAD = "--mode XL --dtype float32"
+"""What the compiled checkpoint is compiled for."""
+
+READ_ONLY = "/sys"
+"""Nobody can make files there, whatever the rights."""
 
 WRONG = [
     # the command line
@@ -84,19 +97,63 @@ WRONG = [
     Wrong("cache rm", 1, ("--all",)),
     Wrong("cache rm nothing", 1, ("nothing", "cache ls")),
     Wrong("--offline info owner/model", 1, ("owner/model",)),
+    Wrong("push {good} nonsense", 1, ("nonsense", "owner/name")),
+    Wrong("push {absent} owner/name", 1, ("absent",)),
+    Wrong("frontier {good}", 1, ("no frontier", "elastic-jax search")),
+    Wrong("frontier {good} max-loss=low", 1, ("no frontier",)),
+    Wrong("generate {good} --mode 0.5 -p x", 1, ("0.5", "elastic-jax search")),
+    Wrong("search {good} --target b9000", 1, ("b9000", "h100")),
+    Wrong("plan {source} --max-context 1000000", 1, ("1000000", "positions")),
+    Wrong("compile {good} --max-context 1000000", 1, ("1000000", "positions")),
+    Wrong("demo --fetch {text}", 1, ("is there already",)),
+    Wrong(
+        "demo --fetch {new}",
+        1,
+        (f"{READ_ONLY}/cache", "ELASTIC_JAX_CACHE"),
+        environment=(("ELASTIC_JAX_CACHE", f"{READ_ONLY}/cache"),),
+    ),
+    # what a loaded mode cannot do
+    Wrong(f"generate {{compiled}} {LOAD} -p {{long}}", 1, ("need a context of", "the longest here is 256")),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --max-new-tokens 300", 1, ("need a context of", "256")),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --max-context 512", 1, ("up to 256 tokens", "--max-context 512")),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --kv-slots 4096", 1, ("pool of 4096 tokens", "--kv-slots 4096")),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --top-p 2", 1, ("top_p",)),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --top-k -1", 1, ("top_k",)),
+    Wrong(f"generate {{compiled}} {LOAD} -p x --seed -1", 1, ("seed",)),
+    Wrong(f"chat {{compiled}} {LOAD}", 1, ("the context holds 256", "/clear"), b"word " * 300),
+    Wrong(f"batch {{compiled}} {{requests}} {{absent}}/out {LOAD}", 1, ("absent/out", "No such file")),
+    Wrong(f"generate {{broken}} {LOAD} -p x", 1, ("was cut short", "elastic-jax compile")),
+    Wrong(f"generate {{shared}} {LOAD} -p x", 1, ("written by somebody else", "trust=True")),
+    # no space, and places that cannot be written
+    Wrong(f"batch {{compiled}} {{requests}} {{new}} {LOAD}", 1, ("new: File too large", "free some space"), limit=99),
+    Wrong("convert {source} /sys/new.elastic", 1, (f"{READ_ONLY}/new.elastic",)),
 ]
 
 
 @pytest.fixture
 def places(
-    checkpoint_of: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Path]:
+    checkpoint_of: Callable[[str], Checkpoint],
+    compiled_tiny: Callable[..., CompiledTiny],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: Wrong,
+) -> dict[str, Any]:
     monkeypatch.setenv("ELASTIC_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     for switch in ("HF_HUB_OFFLINE", "UV_OFFLINE", "PIP_NO_INDEX"):
         monkeypatch.setenv(switch, "1")  # so that what --offline sets is undone
     names = ("good", "damaged", "garbled", "absent", "new", "text", "empty", "requests")
-    places = {name: tmp_path / name for name in names} | {"source": FIXTURES / "tiny_llama"}
+    places: dict[str, Any] = {name: tmp_path / name for name in names} | {"source": FIXTURES / "tiny_llama"}
+    places["long"] = "x" * 1000
+    for name in ("compiled", "broken", "shared"):
+        if f"{{{name}}}" in wrong.command:
+            places[name] = tmp_path / name
+            shutil.copytree(compiled_tiny("XL", "float32", "tiny_llama").checkpoint.path, places[name])
+    if "broken" in places:
+        blob = next((places["broken"] / "executables").glob("*/XL.float32/*/step*"))
+        blob.write_bytes(blob.read_bytes()[:-1])
+    if "shared" in places:
+        places["shared"].chmod(0o777)
     for name in ("good", "damaged", "garbled"):
         shutil.copytree(checkpoint_of("tiny_llama").path, places[name], ignore=shutil.ignore_patterns("executables"))
     next(path for path in sorted((places["damaged"] / "weights").rglob("*")) if path.is_file()).unlink()
@@ -109,23 +166,47 @@ def places(
     return places
 
 
-def everything(places: dict[str, Path]) -> dict[Path, bytes]:
-    root = places["good"].parent
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def largest_file(size: int | None) -> Iterator[None]:
+    """Writing more than this fails, in C++ too; Python ignores the signal that comes with it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if size is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["elastic-jax", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[wrong.command for wrong in WRONG])
 def test_a_wrong_use_is_one_message(
-    wrong: Wrong, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: Wrong,
+    places: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [word.format_map({name: str(path) for name, path in places.items()}) for word in wrong.command.split()]
-    monkeypatch.setattr(sys, "argv", ["elastic-jax", *arguments])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(wrong.stdin)))
-    before = everything(places)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    for name, value in wrong.environment:
+        monkeypatch.setenv(name, value)
+    before = everything(tmp_path)
+    with largest_file(wrong.limit):
+        status = run(arguments, monkeypatch)
     out, err = capsys.readouterr()
-    assert ended.value.code == wrong.status
+    assert status == wrong.status, err
     assert out == ""
     assert "Traceback" not in err
     if wrong.status == 1:
@@ -133,8 +214,42 @@ def test_a_wrong_use_is_one_message(
         assert err.count("error: ") == 1
     for word in wrong.words:
         assert word in err
-    assert everything(places) == before
+    assert everything(tmp_path) == before
+
+
+def test_a_conversion_without_space_continues_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is finished stays, and is no checkpoint yet."""
+    source, destination = str(FIXTURES / "tiny_llama"), tmp_path / "new.elastic"
+    with largest_file(4096):
+        assert run(["convert", source, str(destination)], monkeypatch) == 1
+    err = capsys.readouterr().err
+    assert "cannot be written" in err
+    assert "the same command continues" in err
+    assert err.count("error: ") == 1
+    assert not (destination / "elastic.json").exists()
+    assert not list(destination.rglob("*.partial"))
+    assert run(["info", str(destination)], monkeypatch) == 1
+    assert "unfinished" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["elastic-jax", "convert", source, str(destination)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert Checkpoint.open(destination).verify() == []
+
+
+def test_compiling_without_space_leaves_no_store(
+    checkpoint_of: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny.elastic"
+    shutil.copytree(checkpoint_of("tiny_llama").path, folder, ignore=shutil.ignore_patterns("executables"))
+    step = tiny_step_config(buckets=(Bucket(1, 0), Bucket(0, 16)), rows=1)
+    monkeypatch.setattr(executables, "default_step_config", lambda *_, **__: step)
+    with largest_file(2048):
+        assert run(["compile", str(folder), "--mode", "XL", "--dtype", "float32"], monkeypatch) == 1
+    assert [path for path in (folder / "executables").rglob("*") if path.is_file()] == []
 
 
 def test_the_table_is_long_enough() -> None:
-    assert len({wrong.command for wrong in WRONG}) >= 40
+    assert len({wrong.command for wrong in WRONG}) >= 70

@@ -1,8 +1,6 @@
 """A real Tekken vocabulary, as mistral-common ships it, written as the tokenizer.json that Small-3.1 has on the Hub."""
 
 import base64
-import functools
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from converters.tekken import last_merge, spelled
 from elastic_jax.demo_model import PackagedModel, demo_model
 
 TEKKEN = PackagedModel(
@@ -32,28 +31,6 @@ def fetch_tekken(cache: Path) -> Path:
     return demo_model(cache, TEKKEN)
 
 
-@functools.cache
-def _alphabet() -> list[str]:
-    """GPT-2's characters for bytes, in the order of the bytes."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def _spelled(token: bytes) -> str:
-    return "".join(_alphabet()[byte] for byte in token)
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that byte pair encoding joins last to make this one."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in itertools.pairwise(parts)]
-        best = min(range(len(pairs)), key=pairs.__getitem__)
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
-
-
 def write_wrong_tokenizer(tekken: Path, folder: Path) -> None:
     """tokenizer.json with Tekken's vocabulary and Llama 3's pattern, and tekken.json beside it."""
     document: dict[str, Any] = json.loads(tekken.read_text("utf-8"))
@@ -65,9 +42,9 @@ def write_wrong_tokenizer(tekken: Path, folder: Path) -> None:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{i}>" for i in range(5, specials))]
     vocabulary = {name: index for index, name in enumerate(names)}
-    vocabulary |= {_spelled(token): specials + rank for token, rank in ranks.items()}
-    merges = [_last_merge(token, ranks) for token in tokens if len(token) > 1]
-    spelled = [(_spelled(first), _spelled(second)) for first, second in merges]
+    vocabulary |= {spelled(token): specials + rank for token, rank in ranks.items()}
+    merges = [last_merge(token, ranks) for token in tokens if len(token) > 1]
+    spelled = [(spelled(first), spelled(second)) for first, second in merges]
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=spelled, ignore_merges=True))
     backend.add_special_tokens(names)
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the libraries beside this script: libelastic_decode.so for compute capabilities 8.0, 8.9 and 9.0 (those named by
-# CAPABILITIES), and libelastic_sampling.so for those and 10.0 and 12.0. It needs nvcc of CUDA 13 and JAX (for XLA's FFI
-# headers; PYTHON names an interpreter that has it), and no GPU. The libraries are committed, so that users need none of
-# them; tests compare the digests of the sources that they were built from. Arguments go to nvcc.
+# CAPABILITIES), libelastic_sampling.so for those and 10.0 and 12.0, and libelastic_prompt.so for 9.0 alone. It needs nvcc
+# of CUDA 13 and JAX (for XLA's FFI headers; PYTHON names an interpreter that has it), and no GPU. The libraries are
+# committed, so that users need none of them; tests compare the digests of the sources that they were built from.
+# Arguments go to nvcc.
 #
-# ONLY names those to build: "decode sampling".
+# ONLY names those to build: "decode sampling prompt".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 include="$("${PYTHON:-python3}" -c 'import jax.ffi; print(jax.ffi.include_dir())')"
@@ -28,11 +29,13 @@ build() {
     -cudart static -Xlinker --strip-all "$@" -o "$library" "${files[0]}"
 }
 
-for name in ${ONLY:-decode sampling}; do
+for name in ${ONLY:-decode sampling prompt}; do
   case "$name" in
     decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90}" decode.cu layer.cuh activations.cuh \
       attention.cuh products.cuh packing.cuh -- "$@" ;;
     sampling) build libelastic_sampling.so "${CAPABILITIES:-80 89 90 100 120}" sampling.cu sampling.cuh -- "$@" ;;
-    *) echo "no library is called $name; there are: decode sampling" >&2 && exit 2 ;;
+    # 9.0a: 9.0 with instructions that later GPUs do not have.
+    prompt) build libelastic_prompt.so 90a prompt.cu integer_dot.cuh hopper.cuh -- "$@" ;;
+    *) echo "no library is called $name; there are: decode sampling prompt" >&2 && exit 2 ;;
   esac
 done

@@ -1,0 +1,142 @@
+// What the kernels for many rows need of Hopper (compute capability 9.0), one function an instruction: barriers in
+// shared memory, tensors fetched by the tensor memory accelerator (TMA), products of a warpgroup. The PTX ISA, from 8.0
+// on, describes them.
+//
+// An operand of a product is rows of 128 bytes, one after the other, each eight of which (1024 bytes, aligned so) are
+// swizzled as TMA does it: 16-byte pieces of row r are exchanged by XOR with r % 8.
+
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace elastic {
+
+constexpr int kOperandBytes = 128;  // of a row: the widest that is swizzled
+
+__device__ inline uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// -- barriers ---------------------------------------------------------------------------------------------------------
+
+__device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Initialized barriers become visible to TMA.
+__device__ inline void fence_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ inline void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ inline void arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of that parity is over. A new barrier's phase is 0, and the one before it (parity 1) is over.
+__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done;\n"
+      "bra again;\n"
+      "done:\n}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// -- tensors ----------------------------------------------------------------------------------------------------------
+
+// A box of a matrix, from a column and a row on; what lies outside is zero, and counts as fetched.
+__device__ inline void fetch(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+      : "memory");
+}
+
+// -- products of a warpgroup ------------------------------------------------------------------------------------------
+
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// Describes an operand in shared memory: its address, the bytes between groups of eight rows, the swizzle of 128 bytes.
+// 32 bytes further along the rows are 2 more. The distance in bits 16 to 29 does not matter for swizzled operands.
+__device__ inline uint64_t describe(const void* operand) {
+  constexpr uint64_t kGroup = 8 * kOperandBytes >> 4, kSwizzled = 1;
+  return (shared_address(operand) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kGroup << 32 | kSwizzled << 62;
+}
+
+__device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int kUnfinished>
+__device__ inline void wait_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kUnfinished) : "memory");
+}
+
+// The compiler must neither move nor copy what products that have begun write.
+template <int kCount>
+__device__ inline void pin(int32_t (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
+#define ELASTIC_SUMS4(i) "+r"(sums[(i)]), "+r"(sums[(i) + 1]), "+r"(sums[(i) + 2]), "+r"(sums[(i) + 3])
+#define ELASTIC_SUMS16(i) ELASTIC_SUMS4(i), ELASTIC_SUMS4((i) + 4), ELASTIC_SUMS4((i) + 8), ELASTIC_SUMS4((i) + 12)
+
+// Begins the products of 64 rows with 256 or 128 others, 32 bytes of each; `add` says whether `sums` counts. Of row
+// 16 * (t / 32) + t % 32 / 4, thread t has the columns 8 * j + 2 * (t % 4) and the next in sums[4 * j] and the next; of
+// the row 8 below, in the two after.
+__device__ inline void multiply_tiles(int32_t (&sums)[128], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p;\n}\n"
+      : ELASTIC_SUMS16(0), ELASTIC_SUMS16(16), ELASTIC_SUMS16(32), ELASTIC_SUMS16(48), ELASTIC_SUMS16(64),
+        ELASTIC_SUMS16(80), ELASTIC_SUMS16(96), ELASTIC_SUMS16(112)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(int32_t (&sums)[64], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p;\n}\n"
+      : ELASTIC_SUMS16(0), ELASTIC_SUMS16(16), ELASTIC_SUMS16(32), ELASTIC_SUMS16(48)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+#undef ELASTIC_SUMS16
+#undef ELASTIC_SUMS4
+
+}  // namespace elastic
