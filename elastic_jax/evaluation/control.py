@@ -86,7 +86,7 @@ def activation_scales(
     Raises:
         CheckpointError: a precision is not stored, or is damaged.
     """
-    forward = Forward(checkpoint, windows, device, workers)
+    forward = Forward.load(checkpoint, windows, device, workers)
     config, x = forward.config, forward.embed()
     scales = {}
     for layer in range(config.num_layers):

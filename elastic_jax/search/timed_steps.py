@@ -58,7 +58,7 @@ class StepClock:
 
     def compile(self, plans: Iterable[Plan], workers: int) -> None:
         """Compiles the steps of plans, several at once; those of equal choices once."""
-        kernels.prepare_to_load(self._step.decode, self._step.sampling)
+        kernels.prepare_to_load(self._step.integer_dot, self._step.decode, self._step.sampling)
         wanted = {plan.digest(): plan for plan in plans if plan.digest() not in self._compiled}
 
         def build(plan: Plan) -> Any:
