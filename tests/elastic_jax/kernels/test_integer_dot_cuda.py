@@ -80,13 +80,12 @@ def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.cuda_plugin
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 @pytest.mark.parametrize("case", ["plain", "blocks", "added", "added to float32", "gated", "few rows"])
 def test_it_is_compiled_without_a_gpu(case, tmp_path):
     rows, blocks = 64 if case == "few rows" else 1024, 10 if case == "blocks" else 1
     description = find("h100")
     device = absent_device(description)
-    with jax.default_device(device):
-        assert multiprocessors() == 132
     shapes = [
         jax.ShapeDtypeStruct((rows, 5120), jnp.int8),
         jax.ShapeDtypeStruct((rows, blocks), jnp.float32),
@@ -102,13 +101,15 @@ def test_it_is_compiled_without_a_gpu(case, tmp_path):
             return (dot.multiply_gated(x, row_scales, values, scales),)
         return (dot.multiply(x, row_scales, values, scales, residual),)
 
+    with jax.default_device(device):
+        assert multiprocessors() == 132
+        text = jax.jit(product).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("@elastic_prompt_dot" in text) == (case not in ("few rows", "added to float32"))
+    assert "mosaic" not in text  # whose programs are assembled when they are loaded
     unit = Unit("product", product, tuple(shapes), (), {})
     options = {"workers": 1, "progress": lambda *_: None, "compiler_options": description.compiler_options}
     compile_units([unit], tmp_path / "store", {}, device, **options)
-    (blob,) = [path for path in (tmp_path / "store").iterdir() if path.name.startswith("product")]
-    stored = blob.read_bytes()
-    assert (b"elastic_prompt_dot" in stored) == (case not in ("few rows", "added to float32"))
-    assert b"mosaic" not in stored  # whose programs are assembled when they are loaded
+    assert any(path.name.startswith("product") for path in (tmp_path / "store").iterdir())
 
 
 # -- on the device -----------------------------------------------------------------------------------------------------
