@@ -35,7 +35,7 @@ _SHRINK = 0.85
 
 _TRIES = 6
 
-_SPARE, _LEAST_SAVED = 0.015, 0.1
+_SPARE, _LEAST_SAVED = 0.012, 0.1
 """How much slower than the fastest plan within its limit a mode may be, if this saves at least that part of its
 divergence: the frontier is steep where its fastest plans are."""
 
