@@ -69,8 +69,8 @@ class Pairs:
 
 
 def standard_error(accuracy: float, n: int) -> float:
-    """Of an accuracy over `n` items: the sample's standard deviation / sqrt(n), as lm-eval has it."""
-    return math.sqrt(accuracy * (1 - accuracy) / (n - 1)) if n > 1 else math.nan
+    """Of an accuracy over `n` items: the sample's standard deviation / sqrt(n), as lm-eval has it; 0 for one item."""
+    return math.sqrt(accuracy * (1 - accuracy) / max(n - 1, 1))
 
 
 def mcnemar(lost: int, gained: int) -> float:
