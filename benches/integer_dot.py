@@ -6,7 +6,7 @@ that would not in a model; as many calls as fill 20 ms are put in flight and wai
 warm-up, and the fastest counts. Correctness: the largest difference from the same product in bf16 (int8 is exact in
 bf16, and so are float32 sums of products below 2**24), over the largest output, must be below 2e-6.
 `read_tb_s` counts the weight once, `top_s` counts 2 x rows x out x in. On Hopper the kernel for many rows is tried as
-well; its sizes are not written, since a rule in `integer_dot_hopper` chooses them.
+well; its sizes are not written, since a rule in `integer_dot_cuda` chooses them.
 
     python benches/integer_dot.py --tiles elastic_jax/kernels/integer_dot_tiles.json --out RESULT.json
     python benches/integer_dot.py --blocks --rows 1024 4096 ...    # with activation scales of blocks (w8a8b)
@@ -23,13 +23,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from elastic_jax.kernels.integer_dot_hopper import HopperTiles
 from environment import report
 from random_model import MISTRAL_SMALL
 from tiles import write_tiles
 
 from elastic_jax.groups import LM_HEAD, Group, model_groups
-from elastic_jax.kernels import integer_dot_hopper, integer_dot_pallas
+from elastic_jax.kernels import integer_dot_cuda, integer_dot_pallas
 from elastic_jax.kernels.integer_dot_pallas import DotTiles, split_contraction, tiles_for_blocks
 from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, multiprocessors
 from elastic_jax.quantization import activation_blocks
@@ -40,6 +39,13 @@ ROWS = (16, 32, 64, 128, 256, 1152, 4096)
 SHARED_MEMORY = 220 * 1024
 BURST_SECONDS = 0.02
 COPIES_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaTiles:
+    """Outputs of a tile of `integer_dot_cuda`."""
+
+    width: int
 
 
 def candidates(rows: int, out: int, contraction: int) -> Iterable[DotTiles]:
@@ -65,12 +71,10 @@ def candidates(rows: int, out: int, contraction: int) -> Iterable[DotTiles]:
             )
 
 
-def hopper_candidates(rows: int, out: int, contraction: int, blocks: int) -> Iterable[HopperTiles]:
+def cuda_candidates(rows: int, out: int, contraction: int, blocks: int) -> Iterable[CudaTiles]:
     capability = int(float(jax.devices()[0].compute_capability) * 10)
-    chosen = integer_dot_hopper.choose_tiles(capability, multiprocessors(), rows, out, contraction, blocks)
-    if chosen is not None:
-        for together in (4, 8, 16):
-            yield dataclasses.replace(chosen, together=together)
+    if integer_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks) is not None:
+        yield from (CudaTiles(width) for width in (128, 256) if out % width == 0 and (blocks == 1 or width == 128))
 
 
 def variants(tiles: DotTiles, rows: int, blocks: int) -> Iterable[DotTiles]:
@@ -104,19 +108,19 @@ class Case:
         self.scales = jax.random.uniform(keys[2], (self.out, 1), minval=0.5)
         self.weights = [_bytes(k, (self.out, self.contraction)) for k in keys[3:]]
         self.expected = _exact(self.x, self.row_scales, self.weights[0], self.scales)
-        self.seconds: dict[DotTiles | HopperTiles, float] = {}
+        self.seconds: dict[DotTiles | CudaTiles, float] = {}
 
-    def candidates(self) -> list[DotTiles | HopperTiles]:
+    def candidates(self) -> list[DotTiles | CudaTiles]:
         tiles = list(candidates(self.rows, self.out, self.contraction))
         if self.blocks > 1:
             tiles = [tiles_for_blocks(each, self.contraction // self.blocks, self.blocks) for each in tiles]
-        hopper = hopper_candidates(self.rows, self.out, self.contraction, self.blocks)
-        return [*(each for each in dict.fromkeys(tiles) if fits(each)), *hopper]
+        cuda = cuda_candidates(self.rows, self.out, self.contraction, self.blocks)
+        return [*(each for each in dict.fromkeys(tiles) if fits(each)), *cuda]
 
-    def compile(self, tiles: DotTiles | HopperTiles) -> Any:
+    def compile(self, tiles: DotTiles | CudaTiles) -> Any:
         def product(x: Any, row_scales: Any, weight: Any, scales: Any) -> Any:
-            if isinstance(tiles, HopperTiles):
-                return integer_dot_hopper.run(x, row_scales, weight, scales, None, tiles, gated=False)
+            if isinstance(tiles, CudaTiles):
+                return integer_dot_cuda.run(x, row_scales, weight, scales, None, tiles.width, gated=False)
             return integer_dot_pallas.run(x, row_scales, weight, scales, None, tiles, gated=False, interpret=False)
 
         def call(x: Any, row_scales: Any, scales: Any, *weights: Any) -> Any:
@@ -127,7 +131,7 @@ class Case:
         except Exception as error:  # too much shared memory, say: not a candidate
             return f"{type(error).__name__}: {str(error)[:200]}"
 
-    def measure(self, tiles: DotTiles | HopperTiles, call: Any) -> None:
+    def measure(self, tiles: DotTiles | CudaTiles, call: Any) -> None:
         if isinstance(call, str):
             print(f"rows {self.rows} [{self.out}, {self.contraction}] {tiles}: {call}", flush=True)
             return
@@ -149,14 +153,14 @@ class Case:
             times.append((time.perf_counter() - start) / calls / len(self.weights))
         self.seconds[tiles] = min(times)
 
-    def fastest(self) -> DotTiles | HopperTiles:
+    def fastest(self) -> DotTiles | CudaTiles:
         return min(self.seconds, key=lambda tiles: self.seconds[tiles])
 
     def best(self) -> DotTiles:
         """Of the kernel that sizes are written for."""
         return min((t for t in self.seconds if isinstance(t, DotTiles)), key=lambda tiles: self.seconds[tiles])
 
-    def row(self, tiles: DotTiles | HopperTiles) -> dict[str, Any]:
+    def row(self, tiles: DotTiles | CudaTiles) -> dict[str, Any]:
         seconds = self.seconds[tiles]
         return {
             "rows": self.rows,
