@@ -70,11 +70,12 @@ def calibrate(
     from elastic_jax.device import default_device
     from elastic_jax.search.calibrate import calibrate as run
     from elastic_jax.search.calibrate import check_destination
-    from elastic_jax.search.rounding import ROUNDINGS
+    from elastic_jax.search.rounding import ROUNDINGS, Rounding
     from elastic_jax.search.strength import STRENGTHS
     from elastic_jax.search.texts import get_text
 
-    way = next((name for name in ROUNDINGS if name == rounding), None)
+    named: dict[str, Rounding] = {name: name for name in ROUNDINGS}
+    way = named.get(rounding)
     if way is None:
         raise ConfigError(f"--rounding should be one of {', '.join(ROUNDINGS)}, found {rounding!r}")
     check_destination(destination)  # before the work

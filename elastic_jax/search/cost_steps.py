@@ -79,7 +79,9 @@ def measure_step_costs(
     }
     total, done = sum(len(each) + 2 for each in changed.values()), 0
     base = {each.num_layers: _plan(each) for each in (one, many)}
-    plans = {role: {(kind, choice): _plan(many, kind, choice) for kind, choice in changed[role]} for role in ROLES}
+    plans: dict[Role, dict[tuple[str, Choice], Plan]] = {
+        role: {(kind, choice): _plan(many, kind, choice) for kind, choice in changed[role]} for role in ROLES
+    }
     clocks = {
         role: {each.num_layers: StepClock(each, workload, buckets[role][0], step, device) for each in (one, many)}
         for role in ROLES
