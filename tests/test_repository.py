@@ -114,6 +114,15 @@ def test_no_committed_text_names_a_machines_folders(committed):
     assert found == []
 
 
+def test_libraries_name_no_folder_of_the_machine_that_built_them(committed):
+    libraries = [path for path in committed if path.suffix == ".so"]
+    assert libraries
+    found = [
+        f"{path.name}: {match[0]}" for path in libraries for match in HOME.finditer(path.read_bytes().decode("latin-1"))
+    ]
+    assert found == []
+
+
 def test_no_committed_file_is_large(committed):
     limit = 4 << 20
     assert [f"{path.name}: {size}" for path in committed if (size := path.stat().st_size) > limit] == []

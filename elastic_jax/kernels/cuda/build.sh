@@ -25,7 +25,7 @@ build() {
   sources="$(cat "${files[@]}" | sha256sum | cut -d' ' -f1)"
   # The runtime is linked statically: a library's only partner at run time is the driver. The warnings are of XLA's headers.
   nvcc -O3 -std=c++17 "${archs[@]}" -I"$include" -DELASTIC_SOURCES="\"$sources\"" -shared \
-    -Xcompiler -fPIC,-fvisibility=hidden,-w,-ffile-prefix-map="$PWD"=. --diag-suppress 940,2473 --compress-mode=size \
+    -Xcompiler -fPIC,-fvisibility=hidden,-w,-ffile-prefix-map="$PWD"=.,-ffile-prefix-map="$include"=xla --diag-suppress 940,2473 --compress-mode=size \
     -cudart static -Xlinker --strip-all "$@" -o "$library" "${files[0]}"
 }
 
