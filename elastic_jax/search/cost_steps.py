@@ -125,14 +125,15 @@ def _shared(
 ) -> tuple[dict[str, dict[Choice, float]], float]:
     """Seconds by kind and choice, and what no plan changes.
 
-    A layer's time is given to its kinds by their sizes, and never less to one than its cheapest choice saves.
+    Each kind is given what its cheapest choice saves, and what a layer takes beyond that is shared out by size.
     """
     inside = {kind: group for kind, group in kinds.items() if kind != LM_HEAD}
     size = sum(group.parameters for group in inside.values())
     most: dict[str, float] = {
         kind: max(0.0, *(value for (k, _), value in saved.items() if k == kind)) for kind in kinds
     }
-    bf16: dict[str, float] = {kind: max(layer * group.parameters / size, most[kind]) for kind, group in inside.items()}
+    spare = max(layer - sum(most[kind] for kind in inside), 0.0)
+    bf16: dict[str, float] = {kind: most[kind] + spare * group.parameters / size for kind, group in inside.items()}
     bf16[LM_HEAD] = max(min(layer * kinds[LM_HEAD].parameters / size, beside), most[LM_HEAD])
     found: dict[str, dict[Choice, float]] = {
         kind: {

@@ -44,8 +44,8 @@ def write_wrong_tokenizer(tekken: Path, folder: Path) -> None:
     vocabulary = {name: index for index, name in enumerate(names)}
     vocabulary |= {spelled(token): specials + rank for token, rank in ranks.items()}
     merges = [last_merge(token, ranks) for token in tokens if len(token) > 1]
-    spelled = [(spelled(first), spelled(second)) for first, second in merges]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=spelled, ignore_merges=True))
+    pairs = [(spelled(first), spelled(second)) for first, second in merges]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=True))
     backend.add_special_tokens(names)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -46,7 +46,7 @@ def test_the_product_has_one_scale_and_clips():
 def test_scales_are_the_largest_activations(checkpoint_of, windows, scales):
     checkpoint = checkpoint_of("tiny_mistral")
     assert scales.keys() == model_groups(checkpoint.config).keys()
-    forward = Forward(checkpoint, windows, DEVICE, 2)
+    forward = Forward.load(checkpoint, windows, DEVICE, 2)
     _, inputs = forward.inputs(forward.embed(), 0)
     assert scales["layers.0.qkv"] == pytest.approx(float(jnp.abs(inputs["qkv"]).max()) / 127)
 

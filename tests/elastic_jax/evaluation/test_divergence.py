@@ -34,7 +34,7 @@ def test_the_original_is_no_distance_from_itself(checkpoint_of, meter):
 @pytest.mark.parametrize("mode", ["L", "S"])
 def test_distances_are_those_that_the_search_measures(checkpoint_of, windows, meter, mode, role):
     checkpoint = checkpoint_of("tiny_mistral")
-    forward = Forward(checkpoint, windows, DEVICE, 2)
+    forward = Forward.load(checkpoint, windows, DEVICE, 2)
     reference = forward.run(forward.embed(), 0, checkpoint.plan("XL").choices, "prompt")
     (expected,) = forward.measure([checkpoint.plan(mode)], reference, role)
     found = meter.measure(weights(checkpoint, mode), role)

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import pytest
+from tiny import compile_tiny
 
-from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import EvaluationError, PlanError
 from elastic_jax.evaluation.evaluate import QUALITY, Evaluation, Settings
@@ -19,12 +19,11 @@ TASKS = ("piqa", "mmlu", "winogrande")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(compiled_tiny, tmp_path_factory):
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")  # others rely on which modes the shared one has
     for mode in ("XL", "L"):
-        source = compiled_tiny(mode, "float32").checkpoint
-    path = tmp_path_factory.mktemp("evaluate") / "own.elastic"
-    shutil.copytree(source.path, path)
-    return Checkpoint.open(path)
+        compiled = compile_tiny(folder, "tiny_mistral", mode, "float32")
+    return compiled.checkpoint
 
 
 @pytest.fixture(scope="module")
