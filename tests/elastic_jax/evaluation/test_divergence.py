@@ -4,6 +4,7 @@ import pytest
 
 from elastic_jax.evaluation.divergence import DivergenceMeter
 from elastic_jax.search.forward import Forward
+from elastic_jax.search.measuring import PlanMeter
 from elastic_jax.weights import load_weights
 
 DEVICE = jax.devices()[0]
@@ -34,14 +35,11 @@ def test_the_original_is_no_distance_from_itself(checkpoint_of, meter):
 @pytest.mark.parametrize("mode", ["L", "S"])
 def test_distances_are_those_that_the_search_measures(checkpoint_of, windows, meter, mode, role):
     checkpoint = checkpoint_of("tiny_mistral")
-    forward = Forward.load(checkpoint, windows, DEVICE, 2)
-    reference = forward.run(forward.embed(), 0, checkpoint.plan("XL").choices, "prompt")
-    (expected,) = forward.measure([checkpoint.plan(mode)], reference, role)
+    expected = PlanMeter(Forward.load(checkpoint, windows, DEVICE, 2)).measure(checkpoint.plan(mode).choices)
     found = meter.measure(weights(checkpoint, mode), role)
-    assert found.kl == pytest.approx(float(expected.kl.mean()), rel=2e-2)
-    means = expected.kl[0].mean(axis=1)
-    assert found.stderr == pytest.approx(float(means.std(ddof=1) / 2), rel=5e-2)
-    assert found.flips == pytest.approx(float(expected.flips.mean()), abs=0.02)
+    assert found.kl == pytest.approx(expected.kl[role], rel=2e-2)
+    assert found.stderr == pytest.approx(expected.kl_stderr[role], rel=5e-2)
+    assert found.flips == pytest.approx(expected.flips[role], abs=0.02)
 
 
 def test_a_tied_head_is_measured_too(checkpoint_of, windows):
