@@ -1,7 +1,9 @@
 """Runs every test under the strictest rules that JAX, jaxtyping and Python offer, and makes real inputs available."""
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 FAKE_DEVICES = "--xla_force_host_platform_device_count=8"
@@ -40,6 +42,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="JAX sees no GPU; `make test-gpu` runs this where there is one")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps() -> Iterator[None]:
+    """Drops compiled programs between files before a test process has as many as Linux lets it map.
+
+    XLA maps every program for the CPU by itself, and at `vm.max_map_count` (65530 by default) the next one crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
