@@ -66,7 +66,7 @@ def solver_seconds() -> float:
     kl = {role: np.sort(rng.lognormal(-7, 1.5, shape), axis=1) for role in ROLES}
     names = tuple(f"choice {n}" for n in range(SOLVED_CHOICES))
     groups = tuple(f"group {n}" for n in range(SOLVED_GROUPS))
-    problem = Problem(groups, names, np.ones(shape, bool), seconds, seconds, kl, 0)  # pyright: ignore[reportArgumentType]
+    problem = Problem(groups, names, np.ones(shape, bool), seconds, seconds, kl, 0)  # pyright: ignore[reportArgumentType]  (more than there are names for)
     least = max(float(table.min(axis=1).sum()) for table in kl.values())
     most = max(float(table.max(axis=1).sum()) for table in kl.values())
     begun = time.perf_counter()

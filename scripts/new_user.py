@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from doc_blocks import Block, blocks_of  # noqa: E402
+from doc_blocks import Block, blocks_of  # noqa: E402  (found by the line above)
 
 MARK = "@@ block "
 """Begins the line that tells which block begins."""

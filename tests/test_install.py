@@ -71,7 +71,7 @@ def test_a_lock_without_a_fitting_wheel_is_an_error(install_size: ModuleType) ->
     lock = {
         "package": [
             {"name": "elastic-jax", "version": "1", "dependencies": [{"name": "a"}]},
-            {"name": "a", "version": "2", "wheels": [{"url": "https://x/a-2-cp27-none-any.whl", "size": 5}]},
+            {"name": "a", "version": "2", "wheels": [{"url": "https://example.org/a-2-py2-none-any.whl", "size": 5}]},
         ]
     }
     with pytest.raises(ValueError, match="no wheel of a 2 for this platform"):

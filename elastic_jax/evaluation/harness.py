@@ -46,6 +46,7 @@ class ElasticLM(TemplateLM):
         self,
         checkpoint: str | ElasticMistral,
         mode: str = "M",
+        # lm-eval passes these to every model.
         batch_size: Any = None,  # noqa: ARG002
         max_batch_size: Any = None,  # noqa: ARG002
         device: Any = None,  # noqa: ARG002
@@ -177,7 +178,7 @@ class ElasticLM(TemplateLM):
         finally:
             self.model.delivery.close(inbox)
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002  (the base class has it)
         """Log-probability of whole texts: every token once, after as much of the text as a context holds."""
         windows, owners = [], []
         for number, request in enumerate(requests):
@@ -198,7 +199,7 @@ class ElasticLM(TemplateLM):
 
     # -- texts ---------------------------------------------------------------------------------------------------------
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: ARG002  (the base class has it)
         """Texts that continue contexts, up to a stop string of the task or the model's end."""
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}

@@ -9,10 +9,8 @@ order of float additions differs.
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
 """
 
-import ctypes
 import dataclasses
 import functools
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -28,6 +26,7 @@ from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
+from elastic_jax.kernels import cuda_library
 from elastic_jax.kernels.pallas_device import compute_capability
 from elastic_jax.kv_cache import QuantizedCache
 from elastic_jax.model import Block, rotation
@@ -87,7 +86,7 @@ _AHEAD = 64
 
 def library_path() -> Path:
     """The library of kernels, which `cuda/build.sh` builds."""
-    return Path(str(resources.files(__package__))) / "cuda" / "libelastic_decode.so"
+    return cuda_library.path_of("libelastic_decode.so")
 
 
 @functools.cache
@@ -97,16 +96,7 @@ def register() -> None:
     Raises:
         ConfigError: the library cannot be loaded on this machine.
     """
-    path = library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ConfigError(
-            f"{_NAME} needs the library {path}, which cannot be loaded: {error}; it is made for Linux on x86-64 "
-            f"(cuda/build.sh beside it builds another); {_INSTEAD}"
-        ) from error
-    for target, symbol in _TARGETS.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")
+    cuda_library.register(library_path(), _TARGETS, _NAME, _INSTEAD)
 
 
 def check_model(config: ModelConfig) -> None:
@@ -115,7 +105,7 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         ConfigError: it is so.
     """
-    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    if cuda_library.has_cuda_12():
         raise ConfigError(f"{_NAME} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {_INSTEAD}")
     shape = config.head_dim, config.num_heads // config.num_kv_heads
     if shape not in _HEADS or config.num_heads % config.num_kv_heads:

@@ -9,10 +9,7 @@ It is called by `integer_dot_pallas`, which has the other products. Pallas's Mos
 executables are assembled when they are loaded.
 """
 
-import ctypes
 import functools
-import importlib.util
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -20,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int8
 
-from elastic_jax.errors import ConfigError
+from elastic_jax.kernels import cuda_library
 
 CAPABILITY = 90
 """The one compute capability that has these instructions, ten times its number."""
+
+_NAME = "the integer dot called 'pallas'"
+_INSTEAD = "use the one called 'xla' instead"
 
 _TARGET = "elastic_prompt_dot"
 
@@ -48,7 +48,7 @@ _LEAST_ROWS = 512
 
 def library_path() -> Path:
     """The library of kernels, which `cuda/build.sh` builds."""
-    return Path(str(resources.files(__package__))) / "cuda" / "libelastic_prompt.so"
+    return cuda_library.path_of("libelastic_prompt.so")
 
 
 @functools.cache
@@ -58,15 +58,7 @@ def register() -> None:
     Raises:
         ConfigError: the library cannot be loaded on this machine.
     """
-    path = library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ConfigError(
-            f"the integer dot called 'pallas' needs the library {path}, which cannot be loaded: {error}; it is made "
-            f"for Linux on x86-64 (cuda/build.sh beside it builds another); use the one called 'xla' instead"
-        ) from error
-    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.ElasticPromptDot), platform="CUDA")
+    cuda_library.register(library_path(), {_TARGET: "ElasticPromptDot"}, _NAME, _INSTEAD)
 
 
 def choose_width(
@@ -88,7 +80,7 @@ def choose_width(
     widths = [width for width in (_WIDTHS if blocks == 1 else _BLOCKED_WIDTHS) if out % width == 0]
     if capability != CAPABILITY or rows < _LEAST_ROWS or contraction % (blocks * _STEP) or not widths:
         return None
-    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    if cuda_library.has_cuda_12():
         return None
 
     def cost(width: int) -> int:

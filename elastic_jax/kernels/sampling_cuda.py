@@ -5,10 +5,7 @@ a row and look at it a few times; what a row does not ask for (penalties, top-k,
 mathematics is that of `sampling.choose`; only the rounding of its sums differs, which are exact here.
 """
 
-import ctypes
 import functools
-import importlib.util
-from importlib import resources
 from pathlib import Path
 
 import jax
@@ -17,6 +14,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from elastic_jax import sampling as reference
 from elastic_jax.errors import ConfigError
+from elastic_jax.kernels import cuda_library
 from elastic_jax.kernels.pallas_device import compute_capability
 from elastic_jax.sampling import SampledRows, SamplingInputs
 
@@ -37,7 +35,7 @@ MOST_TOKENS = 1 << 20
 
 def library_path() -> Path:
     """The library of kernels, which `cuda/build.sh` builds."""
-    return Path(str(resources.files(__package__))) / "cuda" / "libelastic_sampling.so"
+    return cuda_library.path_of("libelastic_sampling.so")
 
 
 @functools.cache
@@ -47,16 +45,7 @@ def register() -> None:
     Raises:
         ConfigError: the library cannot be loaded on this machine.
     """
-    path = library_path()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise ConfigError(
-            f"{_NAME} needs the library {path}, which cannot be loaded: {error}; it is made for Linux on x86-64 "
-            f"(cuda/build.sh beside it builds another); {_INSTEAD}"
-        ) from error
-    for target, symbol in _TARGETS.items():
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="CUDA")
+    cuda_library.register(library_path(), _TARGETS, _NAME, _INSTEAD)
 
 
 def check_device() -> None:
@@ -65,7 +54,7 @@ def check_device() -> None:
     Raises:
         ConfigError: JAX's plugin here is that of CUDA 12.
     """
-    if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"):
+    if cuda_library.has_cuda_12():
         raise ConfigError(f"{_NAME} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {_INSTEAD}")
 
 
