@@ -26,15 +26,16 @@ def plans(result: Mapping[str, Any]) -> str:
         )
     search, ranks, bars = result["search"], result["rank_correlation"], result["bars"]
     took, workload = search["took"], search["workload"]
+    rounding = {"gptq": " with `--rounding gptq`"}.get(result["rounding"], "")
     head = ["plan", "speed", "KL, prompt", "KL, generated", "perplexity, prompt", "generated", "flips"]
     lines = [
-        f"{result['source']['files'][0]['name']}, {result['tokens']} tokens of {result['text_name']} in windows of "
-        f"{result['window']} ({where(result)}; `benches/search.py`). Speed is times XL's by costs "
-        f"{'measured' if search['costs_measured'] else 'predicted'} for {search['device']}, "
+        f"{result['source']['files'][0]['name']}, calibrated{rounding}; {result['tokens']} tokens of "
+        f"{result['text_name']} in windows of {result['window']} ({where(result)}; `benches/search.py`). Speed is "
+        f"times XL's by costs {'measured' if search['costs_measured'] else 'predicted'} for {search['device']}, "
         f"{workload['prompt_tokens']} prompt and {workload['new_tokens']} new tokens; KL in nats ± its standard error:",
         table(head, rows),
         f"The search ({search['scores']}) took {took['wall_s'] / 60:.0f} minutes, {took['cpu_s'] / 60:.0f} of "
-        f"processors, on a machine shared with other work. Predicted and measured KL of {len(result['unseen'])} plans "
+        f"processors. Predicted and measured KL of {len(result['unseen'])} plans "
         f"that it never measured have rank correlations of {ranks['prompt']:.2f} (prompt) and "
         f"{ranks['generated']:.2f} (generated). {result['solver']['budgets']} budgets of "
         f"{result['solver']['groups']} groups with {result['solver']['choices']} choices are solved in "

@@ -162,9 +162,11 @@ def main() -> None:
         for mode in modes
         if mode != "XL"
     }
+    source = checkpoint.manifest.source
     facts = {
         "bench": "search",
-        "source": {k: v for k, v in checkpoint.manifest.source.items() if k != "calibration"},
+        "source": {k: v for k, v in source.items() if k != "calibration"},
+        "rounding": source.get("calibration", {}).get("rounding"),
         "text_name": arguments.text.name,
         "tokens": int(text.windows.size),
         "window": arguments.length,

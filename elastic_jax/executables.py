@@ -20,7 +20,7 @@ from elastic_jax.errors import ConfigError, ExecutableError
 from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.plan import Plan
 from elastic_jax.step import Bucket, ComputeDtype, StepConfig
-from elastic_jax.units import make_units, traced_source_digest
+from elastic_jax.units import START, make_units, traced_source_digest
 
 _POOL = "kv"
 """What the name of a store's folder begins with; the slots of its pool follow."""
@@ -188,9 +188,12 @@ class ModeStore:
         return step
 
     def memory(self, kv_slots: int) -> Mapping[str, Memory]:
-        """What each unit of the store for a pool needs, by name."""
+        """What each unit of the store for a pool needs beside the state, by name.
+
+        Without the one that makes the state: what it returns is the state.
+        """
         manifest = read_manifest(self.pool_folder(kv_slots), hint=self.hint)
-        return {name: record.memory for name, record in manifest.units.items()}
+        return {name: record.memory for name, record in manifest.units.items() if name != START}
 
     def compile(
         self,

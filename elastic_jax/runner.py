@@ -13,7 +13,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.requests import SamplingParams
 from elastic_jax.sampling import SamplingInputs
 from elastic_jax.step import Bucket, ScoreOutputs, StepConfig, StepInputs, StepOutputs
-from elastic_jax.units import build_model, step_name, top_name
+from elastic_jax.units import START, build_model, step_name, top_name
 from elastic_jax.weights import Weights, flatten
 
 type Call = Callable[..., tuple[jax.Array, ...]]
@@ -106,7 +106,7 @@ class Runner:
         self._units = units
         self._weights = flatten(build_model(config, weights, step))[0]
         self._caches = len(jax.tree.leaves(steps.abstract_state(config, step).kv))
-        state = units["start"]()
+        state = units[START]()
         self._kv, self._rows = state[: self._caches], state[self._caches :]
         self.sampling = SamplingTable(config, step, device)
         self._block_tables = BlockTables(device)
@@ -132,6 +132,7 @@ class Runner:
         split = self._caches + len(self._rows)
         self._kv, self._rows = out[: self._caches], out[self._caches : split]
         found = StepOutputs(*out[split:])
+        _start_reading(found.token, found.log_probability, found.finite)
         if not top:
             return found
         tokens, values = self._units[top_name(found.logits.shape[0])](found.logits)
@@ -142,7 +143,9 @@ class Runner:
         unit = self._units[step_name(bucket, "score")]
         out = unit(*self._weights, *self._kv, *self._leaves(inputs), target, np.int32(top))
         self._kv = out[: self._caches]
-        return ScoreOutputs(*out[self._caches :])
+        found = ScoreOutputs(*out[self._caches :])
+        _start_reading(found.log_probability, found.argmax, found.finite)
+        return found
 
     def _leaves(self, inputs: StepInputs) -> list[Any]:
         tables = self._block_tables.on_device(inputs.block_table)
@@ -156,3 +159,9 @@ class Runner:
     def copy_page(self, source: int, destination: int) -> None:
         """Copies one page of every layer's cache."""
         self._kv = self._units["copy_page"](*self._kv, np.int32(source), np.int32(destination))
+
+
+def _start_reading(*arrays: jax.Array) -> None:
+    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise."""
+    for array in arrays:
+        array.copy_to_host_async()

@@ -25,6 +25,9 @@ from elastic_jax.weights import abstract_weights, flatten
 
 SCALAR = jax.ShapeDtypeStruct((), jnp.int32)
 
+START = "start"
+"""The unit that makes the state."""
+
 
 def step_name(bucket: Bucket, variant: steps.Variant) -> str:
     """Name of the unit that runs one bucket."""
@@ -101,7 +104,7 @@ def units_of(abstract: Mistral, step: StepConfig) -> list[Unit]:
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     units.append(_unit("admit", steps.admit, (state.rows, SCALAR, key, prompt, SCALAR, SCALAR), 0, {}))
     units.append(_unit("copy_page", copy_page, (state.kv, SCALAR, SCALAR), 0, {}))
-    units.append(_unit("start", start, (), None, {}))
+    units.append(_unit(START, start, (), None, {}))
     return units
 
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 from tiny import MISTRAL_SMALL, CompiledTiny
 
-from aot_cache.manifest import Memory
+from aot_cache.manifest import Memory, read_manifest
 from aot_cache.target_config import memory_bytes
 from aot_cache.targets import find
 from elastic_jax import ElasticMistral, loading, pools
@@ -24,6 +24,7 @@ from elastic_jax.memory import estimated_workspace, plan_memory
 from elastic_jax.plan import provisional_plans
 from elastic_jax.pools import LADDER, choose_pool, default_pool
 from elastic_jax.step import Bucket
+from elastic_jax.units import START
 from elastic_jax.weights import abstract_weights
 
 GIB = 1 << 30
@@ -162,6 +163,14 @@ def needs(folder: Path, slots: int) -> int:
 def test_the_largest_is_chosen_without_a_word(folder: Path) -> None:
     assert mode_store(folder).pools == [2048, 1024, 512]
     assert chosen(folder) == (2048, [])
+
+
+def test_the_state_is_counted_once(folder: Path) -> None:
+    """As KV cache and rows, and not as what the unit that makes it returns."""
+    store = mode_store(folder)
+    units = read_manifest(store.pool_folder(2048), hint="").units
+    assert units[START].memory.workspace > 0
+    assert set(store.memory(2048)) == set(units) - {START}
 
 
 def test_less_memory_means_a_smaller_pool_and_that_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
