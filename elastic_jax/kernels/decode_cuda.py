@@ -54,6 +54,9 @@ _MULTIPROCESSORS = 256
 _MOST_HIDDEN = 12288
 """What a block normalizes at once (cuda/activations.cuh)."""
 
+_KEYS = 16
+"""Keys that a warp of the attention takes at once, from one page (cuda/attention.cuh)."""
+
 _ALIGNMENT = 256
 
 
@@ -162,6 +165,8 @@ def run_layers(
     """
     register()
     capability = compute_capability(_NAME, _INSTEAD)
+    if batch.page_size % _KEYS:
+        raise ConfigError(f"{_NAME} takes pages of a multiple of {_KEYS} tokens, found {batch.page_size}; {_INSTEAD}")
     tokens, hidden = x.shape
     config = layers[0].attention.config
     cosine, sine = rotation(batch.position, config.head_dim, config.rope_theta)

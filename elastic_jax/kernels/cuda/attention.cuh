@@ -2,8 +2,13 @@
 // rotary embedding, and writing this step's keys and values.
 //
 // A token's context is cut into at most `splits` pieces of whole pages, one block each per key-value head: a block
-// serves all query heads of its group, so keys and values are read once. `dim / 8` lanes hold one key, 16 bytes each. Keys
-// and values of older steps are loaded before the kernel waits for its predecessor.
+// serves all query heads of its group, so keys and values are read once. A warp takes 16 keys at a time through the tensor
+// cores (m16n8k16): keys are the left operand, and the group's queries the few used columns of the right one; then values,
+// transposed, are the left operand and softmax's weights the right one. Lanes load both operands as they need them, 8
+// numbers at once, so nothing goes through shared memory; which numbers of a head are one step of the contraction is any,
+// if both operands have the same. Weights are two bf16 numbers each, high and low, so that rounding them loses nothing.
+// The next keys are on their way while this turn's values are used, and the first of older steps before the kernel waits
+// for its predecessor.
 //
 // The cache is bf16, or int8 with a scale for each slot and head (kv_cache.py): scores are multiplied by the scales of
 // keys, weights by those of values.
@@ -53,15 +58,6 @@ __device__ __forceinline__ int piece_length(const AttentionArguments& a, int con
   return max(1, (pages + a.splits - 1) / a.splits) * a.page_size;
 }
 
-__device__ __forceinline__ void unpack8(const uint4& v, float (&x)[8]) {
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(words[i] << 16);
-    x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-  }
-}
-
 // From int8, by full-rate instructions: a byte becomes the lowest of the mantissa of 2**23.
 __device__ __forceinline__ void unpack8(const uint2& v, float (&x)[8]) {
   const uint32_t words[2] = {v.x ^ 0x80808080u, v.y ^ 0x80808080u};  // from 0 to 255 instead of from -128 to 127
@@ -82,6 +78,27 @@ struct Octet<true> {
   using Type = uint2;
   using Number = int8_t;
 };
+
+// Eight numbers as pairs of bf16, which int8 fits into exactly.
+__device__ __forceinline__ uint4 pairs_of(const uint4& v) { return v; }
+
+__device__ __forceinline__ uint32_t pair_of(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+__device__ __forceinline__ uint4 pairs_of(const uint2& v) {
+  float x[8];
+  unpack8(v, x);
+  return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
+}
+
+// The transpose of an 8x8 matrix of bf16 that the lanes of a warp hold in pairs.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t found;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(pair));
+  return found;
+}
 
 // This step's key or value [kDim] as kv_cache.py's `write` rounds it, by one warp; gives the scale. What is no number
 // makes the scale none, so that the step reports it.
@@ -167,15 +184,16 @@ __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int tok
 // At most 128 registers a thread: the next product's blocks start beside these.
 template <int kDim, int kGroup, bool kInt8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
-  constexpr int kLanes = kDim / 8;            // of one key
-  constexpr int kAtOnce = 32 / kLanes;        // keys of a warp
-  constexpr int kBlock = 64 / kAttentionWarps;  // keys of a warp in 64 of context
-  constexpr int kTurns = kBlock / kAtOnce;
-  static_assert(kTurns >= 1);
-  __shared__ __align__(16) float query[kGroup][kDim];
+  constexpr int kTurn = 16 * kAttentionWarps;  // keys of a block's turn
+  constexpr int kKeyOctets = kDim / 32;        // of each of a lane's 2 keys
+  constexpr int kValueOctets = kDim / 64;      // of each of a lane's 4 values
+  static_assert(kDim % 64 == 0 && kGroup <= 8);
+  using Number = typename Octet<kInt8>::Number;
+  using Eight = typename Octet<kInt8>::Type;
+  __shared__ __align__(16) __nv_bfloat16 query[kGroup][kDim];
   __shared__ __align__(16) float merged[kAttentionWarps][kGroup][kDim];
   __shared__ float states[kAttentionWarps][kGroup][2];
-  __shared__ __align__(16) typename Octet<kInt8>::Number newest_kv[2][kDim];
+  __shared__ __align__(16) Number newest_kv[2][kDim];
   __shared__ float newest_exact[2][kInt8 ? kDim : 1], newest_scales[2];
   __shared__ float joined_state[kGroup][2];
   const int token = blockIdx.x, head = blockIdx.y, split = blockIdx.z;
@@ -194,38 +212,56 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   }
   if (begin >= end) return;
 
-  const int part = lane % kLanes, mine = lane / kLanes;
+  // What a lane holds of the operands: keys `eighth` and `eighth + 8` of 16, and values 2 * quarter, the next one, and
+  // both 8 on.
+  const int eighth = lane / 4, quarter = lane % 4;
   const int* const table = a.block_table + static_cast<int64_t>(a.row[token]) * a.pages;
-  const int64_t stride = static_cast<int64_t>(2 * a.kv_heads) * kDim;
-  using Eight = typename Octet<kInt8>::Type;
-  Eight keys[kTurns], values[kTurns];
-  float key_scales[kTurns], value_scales[kTurns];
-  auto load = [&](int first) {
-    const bool any = first < end;
-    const int page = any ? table[first / a.page_size] : 0;
-    const int64_t slots_before = static_cast<int64_t>(page) * a.page_size + first % a.page_size + mine;
-    const typename Octet<kInt8>::Number* from = nullptr;
-    if constexpr (kInt8) {
-      from = a.int8_kv;
-    } else {
-      from = a.kv;
-    }
-    from += slots_before * stride + head * kDim + part * 8;
+  const int stride = 2 * a.kv_heads * kDim;
+  const Number* cache_of_head = nullptr;
+  if constexpr (kInt8) {
+    cache_of_head = a.int8_kv + head * kDim;
+  } else {
+    cache_of_head = a.kv + head * kDim;
+  }
+  auto page_at = [&](int first) { return first < end ? table[first / a.page_size] : 0; };
+  auto slot_at = [&](int page, int first) { return static_cast<int64_t>(page) * a.page_size + first % a.page_size; };
+  auto is_old = [&](int key) { return key < end && key != context - 1; };  // this step's is not in the cache yet
+  auto value_at = [&](int i) { return 2 * quarter + i % 2 + i / 2 * 8; };
+  Eight keys[2][kKeyOctets], values[4][kValueOctets];
+  float key_scales[2], value_scales[2];
+  auto load_keys = [&](int page, int first) {
+    const int64_t slot = slot_at(page, first);
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      const int key = first + t * kAtOnce + mine;
-      const bool old = any && key < end && key != context - 1;  // this step's is not in the cache yet
-      keys[t] = values[t] = Eight{};
-      if (old) keys[t] = *reinterpret_cast<const Eight*>(from + t * kAtOnce * stride);
-      if (old) values[t] = *reinterpret_cast<const Eight*>(from + t * kAtOnce * stride + a.kv_heads * kDim);
+    for (int i = 0; i < 2; ++i) {
+      const int key = eighth + 8 * i;
+      const bool old = is_old(first + key);
+      const Number* const from = cache_of_head + (slot + key) * stride + quarter * 8;
+#pragma unroll
+      for (int j = 0; j < kKeyOctets; ++j)
+        keys[i][j] = old ? *reinterpret_cast<const Eight*>(from + 32 * j) : Eight{};
       if constexpr (kInt8) {
-        const float* const scales = a.kv_scales + (slots_before + t * kAtOnce) * 2 * a.kv_heads + head;
-        key_scales[t] = old ? scales[0] : 0.0f;
-        value_scales[t] = old ? scales[a.kv_heads] : 0.0f;
+        const float* const scales = a.kv_scales + (slot + key) * 2 * a.kv_heads + head;
+        key_scales[i] = old ? scales[0] : 0.0f;
+        value_scales[i] = old ? scales[a.kv_heads] : 0.0f;
       }
     }
   };
-  load(begin + warp * kBlock);
+  auto load_values = [&](int page, int first) {
+    const int64_t slot = slot_at(page, first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool old = is_old(first + value_at(i));
+      const Number* const from = cache_of_head + (slot + value_at(i)) * stride + a.kv_heads * kDim + eighth * 8;
+#pragma unroll
+      for (int j = 0; j < kValueOctets; ++j)
+        values[i][j] = old ? *reinterpret_cast<const Eight*>(from + 64 * j) : Eight{};
+    }
+  };
+  const int start = begin + warp * 16;
+  int page = page_at(start);
+  load_keys(page, start);
+  load_values(page, start);
+  page = page_at(start + kTurn);
   const int slot = a.slot[token];
   constexpr int kRotated = ((kGroup + 2) * kDim / 2 + kAttentionThreads - 1) / kAttentionThreads;
   float cosines[kRotated], sines[kRotated];
@@ -265,8 +301,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
     const float first = pair[e][0] * cosine - pair[e][1] * sine, second = pair[e][1] * cosine + pair[e][0] * sine;
     const __nv_bfloat16 low = __float2bfloat16_rn(first), high = __float2bfloat16_rn(second);
     if (which < kGroup) {
-      query[which][d] = __bfloat162float(low);
-      query[which][d + kHalf] = __bfloat162float(high);
+      query[which][d] = low;
+      query[which][d + kHalf] = high;
       continue;
     }
     if constexpr (kInt8) {
@@ -297,99 +333,112 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
     __syncthreads();
   }
 
-  float q[kGroup][8], out[kGroup][8], largest[kGroup], total[kGroup];
+  uint4 q[kKeyOctets];  // column `eighth` of the right operand
+#pragma unroll
+  for (int j = 0; j < kKeyOctets; ++j)
+    q[j] = eighth < kGroup ? *reinterpret_cast<const uint4*>(&query[eighth][32 * j + 8 * quarter]) : uint4{};
+  // Of heads 2 * quarter and 2 * quarter + 1; `out` is of the numbers that a lane's values have, in their order.
+  float out[4 * kValueOctets][4] = {}, largest[2] = {-1e30f, -1e30f}, total[2] = {};
   const float factor = rsqrtf(static_cast<float>(kDim)) * 1.44269504088896f;
-#pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    largest[g] = -1e30f;
-    total[g] = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      q[g][i] = query[g][part * 8 + i] * factor;
-      out[g][i] = 0;
-    }
-  }
 
-  for (int first = begin + warp * kBlock; first < end; first += 64) {
-    const int now = context - 1 - first - mine;  // where this step's token is
+  for (int first = start; first < end; first += kTurn) {
+    if (const int now = context - 1 - first; now >= 0 && now < 16) {  // where this step's token is
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      if (now != t * kAtOnce) continue;
-      keys[t] = *reinterpret_cast<const Eight*>(&newest_kv[0][part * 8]);
-      values[t] = *reinterpret_cast<const Eight*>(&newest_kv[1][part * 8]);
+      for (int i = 0; i < 2; ++i) {
+        if (now != eighth + 8 * i) continue;
+#pragma unroll
+        for (int j = 0; j < kKeyOctets; ++j)
+          keys[i][j] = *reinterpret_cast<const Eight*>(&newest_kv[0][32 * j + 8 * quarter]);
+        if constexpr (kInt8) {
+          key_scales[i] = newest_scales[0];
+          value_scales[i] = newest_scales[1];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (now != value_at(i)) continue;
+#pragma unroll
+        for (int j = 0; j < kValueOctets; ++j)
+          values[i][j] = *reinterpret_cast<const Eight*>(&newest_kv[1][64 * j + 8 * eighth]);
+      }
+    }
+    float scores[4] = {};  // [key `eighth` or 8 on][head]
+#pragma unroll
+    for (int j = 0; j < kKeyOctets; ++j) {
+      const uint4 one = pairs_of(keys[0][j]), other = pairs_of(keys[1][j]);
+      Bf16::multiply(scores, {one.x, other.x, one.y, other.y}, q[j].x, q[j].y);
+      Bf16::multiply(scores, {one.z, other.z, one.w, other.w}, q[j].z, q[j].w);
+    }
+    float weight_scales[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      scores[i] *= factor;
       if constexpr (kInt8) {
-        key_scales[t] = newest_scales[0];
-        value_scales[t] = newest_scales[1];
+        scores[i] *= key_scales[i / 2];
+        weight_scales[i / 2] = value_scales[i / 2];
+      }
+      if (first + eighth + i / 2 * 8 >= end) scores[i] = -1e30f;
+    }
+    load_keys(page, first + kTurn);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float most = fmaxf(scores[h], scores[h + 2]);
+#pragma unroll
+      for (int d = 4; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+      most = fmaxf(most, largest[h]);
+      const float shrink = exp2f(largest[h] - most);
+      largest[h] = most;
+#pragma unroll
+      for (int i = h; i < 4; i += 2) scores[i] = scores[i] > -1e29f ? exp2f(scores[i] - most) : 0.0f;
+      total[h] = total[h] * shrink + scores[h] + scores[h + 2];
+#pragma unroll
+      for (float(&each)[4] : out) {
+        each[h] *= shrink;
+        each[h + 2] *= shrink;
       }
     }
-    float scores[kTurns][kGroup];
+    uint32_t high[2], low[2];  // of the weights of 8 keys
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      float key[8];
-      unpack8(keys[t], key);
-      const bool live = first + t * kAtOnce + mine < end;
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        float score = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) score += q[g][i] * key[i];
-#pragma unroll
-        for (int d = kLanes / 2; d; d /= 2) score += __shfl_xor_sync(~0u, score, d);
-        if constexpr (kInt8) score *= key_scales[t];
-        scores[t][g] = live ? score : -1e30f;
-      }
+    for (int i = 0; i < 2; ++i) {
+      const float x = scores[2 * i] * weight_scales[i], y = scores[2 * i + 1] * weight_scales[i];
+      const uint32_t rounded = pair_of(x, y);
+      high[i] = transposed(rounded);
+      low[i] = transposed(
+          pair_of(x - __uint_as_float(rounded << 16), y - __uint_as_float(rounded & 0xffff0000u)));
     }
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float most = largest[g];
-#pragma unroll
-      for (int t = 0; t < kTurns; ++t) most = fmaxf(most, scores[t][g]);
-      const float shrink = exp2f(largest[g] - most);
-      largest[g] = most;
-      total[g] *= shrink;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) out[g][i] *= shrink;
-#pragma unroll
-      for (int t = 0; t < kTurns; ++t) {
-        scores[t][g] = scores[t][g] > -1e29f ? exp2f(scores[t][g] - most) : 0.0f;
-        total[g] += scores[t][g];
-      }
+    for (int j = 0; j < kValueOctets; ++j) {
+      const uint4 rows[4] = {pairs_of(values[0][j]), pairs_of(values[1][j]), pairs_of(values[2][j]), pairs_of(values[3][j])};
+      auto use = [&](float(&sum)[4], uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+        // From two numbers of one key to one number of two keys.
+        const uint32_t x[4] = {__byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632), __byte_perm(v2, v3, 0x5410),
+                               __byte_perm(v2, v3, 0x7632)};
+        Bf16::multiply(sum, x, high[0], high[1]);
+        Bf16::multiply(sum, x, low[0], low[1]);
+      };
+      use(out[4 * j], rows[0].x, rows[1].x, rows[2].x, rows[3].x);
+      use(out[4 * j + 1], rows[0].y, rows[1].y, rows[2].y, rows[3].y);
+      use(out[4 * j + 2], rows[0].z, rows[1].z, rows[2].z, rows[3].z);
+      use(out[4 * j + 3], rows[0].w, rows[1].w, rows[2].w, rows[3].w);
     }
-#pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
-      float value[8];
-      unpack8(values[t], value);
-#pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
-        float weight = scores[t][g];
-        if constexpr (kInt8) weight *= value_scales[t];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) out[g][i] += weight * value[i];
-      }
-    }
-    load(first + 64);
+    load_values(page, first + kTurn);
+    page = page_at(first + 2 * kTurn);
   }
 
-  // The keys of a warp, then the warps.
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+  for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int d = kLanes; d < 32; d *= 2) {
-      const float other = __shfl_xor_sync(~0u, largest[g], d);
-      const float most = fmaxf(largest[g], other);
-      const float mine_by = exp2f(largest[g] - most), other_by = exp2f(other - most);
-      total[g] = total[g] * mine_by + __shfl_xor_sync(~0u, total[g], d) * other_by;
+    for (int d = 4; d < 32; d *= 2) total[h] += __shfl_xor_sync(~0u, total[h], d);
+    const int g = 2 * quarter + h;
+    if (g >= kGroup) continue;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) out[g][i] = out[g][i] * mine_by + __shfl_xor_sync(~0u, out[g][i], d) * other_by;
-      largest[g] = most;
+    for (int i = 0; i < 4 * kValueOctets; ++i) {
+      const int d = 8 * (eighth + i / 4 * 8) + i % 4 * 2;
+      *reinterpret_cast<float2*>(&merged[warp][g][d]) = {out[i][h], out[i][h + 2]};
     }
-    if (mine == 0) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) merged[warp][g][part * 8 + i] = out[g][i];
-      if (part == 0) {
-        states[warp][g][0] = largest[g];
-        states[warp][g][1] = total[g];
-      }
+    if (eighth == 0) {
+      states[warp][g][0] = largest[h];
+      states[warp][g][1] = total[h];
     }
   }
   __syncthreads();
