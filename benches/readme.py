@@ -109,6 +109,9 @@ def headline(results: list[dict[str, Any]]) -> str:
         found = [row for row in speeds["rows"] if (row["what"], row["batch"], row["context"]) == ("decode", 1, 256)]
         tok_s = {row["mode"]: row["tok_s"] for row in found}
     each_mode = " and ".join(f"{value:.0f} tokens a second in mode {mode}" for mode, value in tok_s.items())
+    peer = next((row["decode_tok_s_per_seq"] for row in found if row["mode"] == "transformers-compile"), None)
+    if peer is not None:
+        each_mode += f" ({peer:.0f} with transformers and torch.compile)"
     seconds = max(row["process_to_token_s"] for row in start["rows"])
     devices = [result["environment"]["device"] for result in (speeds, start)]
     where_started = "a new process" if devices[0] == devices[1] else f"on one {devices[1]} a new process"
