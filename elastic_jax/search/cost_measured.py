@@ -77,15 +77,7 @@ def measure_costs(
     rest: dict[Role, float] = {
         role: config.num_layers * _time_attention(config, workload, buckets[role][0], step, device) for role in ROLES
     }
-    return Costs(
-        device=device.device_kind,
-        measured=True,
-        workload=workload,
-        steps={role: buckets[role][1] for role in ROLES},
-        buckets={role: buckets[role][0].tokens for role in ROLES},
-        groups=groups,
-        rest=rest,
-    )
+    return Costs.for_workload(device.device_kind, workload, step.buckets, groups, rest, measured=True)
 
 
 def _time_product(group: Group, choice: Choice, rows: int, generated: int, step: StepConfig, device: Any) -> float:

@@ -1,7 +1,8 @@
 """Costs predicted from a description of a GPU that need not be here: the larger of reading and multiplying.
 
 Predictions decide between choices where nothing was measured; everything made from them says so. The fractions of the
-data sheet's numbers that are reached are those of whole steps of Mistral-Small's shape on one H200 (README, "Speed").
+data sheet's numbers that are reached are those of whole steps of Mistral-Small's shape in modes XL and S on one H100
+(README, "Latency": one sequence, contexts of 256 and 4096).
 """
 
 import re
@@ -20,14 +21,14 @@ _BF16_OPERATIONS = {80: 2048, 86: 1024, 89: 1024, 90: 4096}
 """Dense bf16 operations (a multiplication and an addition are two) per clock and multiprocessor, from a compute
 capability on (NVIDIA's architecture whitepapers); int8 has twice as many."""
 
-_READING = {"bf16": 0.80, "int8": 0.65}
+_READING = {"bf16": 0.85, "int8": 0.79}
 """Fraction of the memory's bandwidth, by stored precision."""
 
-_MULTIPLYING = {"bf16": 0.55, "int8": 0.41}
+_MULTIPLYING = {"bf16": 0.58, "int8": 0.55}
 """Fraction of the dense operations."""
 
 _BLOCK_SCALES = 1.2
-"""Time of a product with block scales over one without: an assumption, no GPU kernel for it was measured."""
+"""Time of a product with block scales over one without (`benches/decode.py` on an H100: of a whole step)."""
 
 
 def predict_costs(config: ModelConfig, workload: Workload, target: str | Description, step: StepConfig) -> Costs:
@@ -75,15 +76,8 @@ def predict_costs(config: ModelConfig, workload: Workload, target: str | Descrip
             generated = rows if group.kind == LM_HEAD or role == "generated" else 0
             groups[role][group.kind] = {choice: product(group, choice, rows, generated) for choice in CHOICES}
         rest[role] = _attention(config, workload, bucket, bandwidth, operations)
-    return Costs(
-        device=f"{description.target.device_kind} ({description.source})",
-        measured=False,
-        workload=workload,
-        steps={role: buckets[role][1] for role in ROLES},
-        buckets={role: buckets[role][0].tokens for role in ROLES},
-        groups=groups,
-        rest=rest,
-    )
+    device = f"{description.target.device_kind} ({description.source})"
+    return Costs.for_workload(device, workload, step.buckets, groups, rest, measured=False)
 
 
 def _attention(config: ModelConfig, workload: Workload, bucket: Bucket, bandwidth: float, operations: float) -> float:

@@ -109,15 +109,7 @@ def measure_step_costs(
         groups[role], rest[role] = _shared(kinds, layer, single - layer, saved)
         done += len(plans[role]) + 2
     progress(total, total, "done")
-    return Costs(
-        device=device.device_kind,
-        measured=True,
-        workload=workload,
-        steps={role: buckets[role][1] for role in ROLES},
-        buckets={role: buckets[role][0].tokens for role in ROLES},
-        groups=groups,
-        rest=rest,
-    )
+    return Costs.for_workload(device.device_kind, workload, step.buckets, groups, rest, measured=True)
 
 
 def _shared(

@@ -84,6 +84,23 @@ class Costs:
     groups: Mapping[Role, Mapping[str, Mapping[Choice, float]]]
     rest: Mapping[Role, float]
 
+    @classmethod
+    def for_workload(
+        cls,
+        device: str,
+        workload: Workload,
+        buckets: tuple[Bucket, ...],
+        groups: Mapping[Role, Mapping[str, Mapping[Choice, float]]],
+        rest: Mapping[Role, float],
+        *,
+        measured: bool,
+    ) -> Self:
+        """Costs of the steps that serve a workload, among those compiled for `buckets`."""
+        served = workload.buckets(buckets)
+        steps = {role: count for role, (_, count) in served.items()}
+        tokens = {role: bucket.tokens for role, (bucket, _) in served.items()}
+        return cls(device, measured, workload, steps, tokens, groups, rest)
+
     def of_group(self, kind: str, choice: Choice) -> float:
         """Seconds that one group takes of the workload's time."""
         return sum(self.steps[role] * self.groups[role][kind][choice] for role in ROLES)
