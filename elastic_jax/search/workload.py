@@ -97,8 +97,8 @@ class Costs:
     ) -> Self:
         """Costs of the steps that serve a workload, among those compiled for `buckets`."""
         served = workload.buckets(buckets)
-        steps = {role: count for role, (_, count) in served.items()}
-        tokens = {role: bucket.tokens for role, (bucket, _) in served.items()}
+        steps: dict[Role, int] = {role: count for role, (_, count) in served.items()}
+        tokens: dict[Role, int] = {role: bucket.tokens for role, (bucket, _) in served.items()}
         return cls(device, measured, workload, steps, tokens, groups, rest)
 
     def of_group(self, kind: str, choice: Choice) -> float:
