@@ -16,6 +16,7 @@ from elastic_jax.checkpoint_format import EXECUTABLES, MANIFEST, PLANS, TOKENIZE
 from elastic_jax.demo_model import default_cache
 from elastic_jax.errors import CheckpointError, ExecutableError, HubError
 from elastic_jax.executables import ModeStore
+from elastic_jax.frontier import FRONTIER
 from elastic_jax.hub_access import Snapshot
 from elastic_jax.kv_cache import KvPrecision
 from elastic_jax.loading import OnMissing, Say
@@ -45,7 +46,7 @@ def fetch_description(repository: str, *, revision: str | None, token: str | Non
         CheckpointError: it is no Elastic checkpoint.
     """
     snapshot = hub_access.resolve(repository, revision=revision, token=token)
-    return _read(snapshot, [MANIFEST, f"{PLANS}/*", f"{EXECUTABLES}/*/{STORE_MANIFEST}"], token)
+    return _read(snapshot, [MANIFEST, FRONTIER, f"{PLANS}/*", f"{EXECUTABLES}/*/{STORE_MANIFEST}"], token)
 
 
 def fetch_mode(
@@ -66,7 +67,7 @@ def fetch_mode(
 
     Args:
         repository: `owner/name`.
-        mode: one of the checkpoint's.
+        mode: one of the checkpoint's, or a request of its frontier.
         dtype: compute type.
         kv: precision of the KV cache.
         device: whose executables are wanted.
@@ -84,7 +85,7 @@ def fetch_mode(
         ExecutableError: with `trust` and `on_missing="error"`, there are no executables that fit.
     """
     snapshot = hub_access.resolve(repository, revision=revision, token=token)
-    checkpoint = _read(snapshot, [MANIFEST, f"{PLANS}/*", f"{TOKENIZER}/*"], token)
+    checkpoint = _read(snapshot, [MANIFEST, FRONTIER, f"{PLANS}/*", f"{TOKENIZER}/*"], token)
     plan = checkpoint.plan(mode)
     folders = checkpoint.folders(plan)
     store = ModeStore(checkpoint, plan, dtype, device, kv)

@@ -19,6 +19,7 @@ from elastic_jax.checkpoint import Checkpoint, some_of
 from elastic_jax.checkpoint_format import EXECUTABLES, MANIFEST, PLANS, TOKENIZER, WEIGHTS
 from elastic_jax.errors import CheckpointError, ElasticError, ExecutableError, HubError
 from elastic_jax.executables import store_folders
+from elastic_jax.frontier import FRONTIER, Frontier
 from elastic_jax.hub_card import model_card
 from elastic_jax.hub_id import is_hub_id
 from elastic_jax.loading import Say
@@ -68,7 +69,8 @@ def push(
 ) -> Pushed:
     """Makes a repository hold a checkpoint, after checking every file; creates it where there is none.
 
-    Weights, plans and tokenizer in the repository become the checkpoint's. Of its executables, those of other targets
+    Weights, plans, frontier and tokenizer in the repository become the checkpoint's; with `modes` there is no frontier,
+    whose other plans would lack weights. Of its executables, those of other targets
     stay: they may come from another machine, and whoever loads them checks whether they fit.
 
     Args:
@@ -84,7 +86,7 @@ def push(
 
     Raises:
         CheckpointError: there is no complete checkpoint, it is damaged, or lacks what a mode reads.
-        PlanError: there is no such mode.
+        PlanError: there is no such mode, or the frontier is damaged.
         ExecutableError: executables are damaged, or would not be accepted at load.
         HubError: the Hub cannot be reached, does not allow it, or the repository changed meanwhile.
     """
@@ -138,6 +140,7 @@ def _checkpoint_files(checkpoint: Checkpoint, plans: Sequence[Plan] | None) -> d
     if plans is None:
         contents: list[str] = [MANIFEST, *checkpoint.files()]
         contents += [f"{PLANS}/{plan.name}.json" for plan in checkpoint.plans().values()]
+        contents += [FRONTIER] if Frontier.read(checkpoint.path) is not None else []
         return {name: checkpoint.path / name for name in contents}
     folders = {folder for plan in plans for folder in checkpoint.folders(plan)}
     kept = {name: folder for name, folder in checkpoint.manifest.folders.items() if name in folders}
@@ -184,7 +187,7 @@ def _outdated(names: set[str], files: Mapping[str, _Content], plans: Sequence[Pl
         if top == EXECUTABLES and len(below) > 1:
             if _place(name) in replaced or _plan_of(below[1], plans) is None:
                 yield name
-        elif top in (WEIGHTS, PLANS, TOKENIZER):
+        elif top in (WEIGHTS, PLANS, TOKENIZER, FRONTIER):
             yield name
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, HubServer, Repository, serve_hub, use_hub
 from huggingface_hub import constants
-from tiny import CompiledTiny, tiny_step_config
+from tiny import CompiledTiny, tiny_step_config, write_frontier
 
 from aot_cache.guard import CompileCounter
 from elastic_jax import ElasticMistral
@@ -17,6 +17,7 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.demo_model import CACHE_VARIABLE
 from elastic_jax.errors import CheckpointError, ExecutableError, HubError, PlanError
 from elastic_jax.executables import store_folders
+from elastic_jax.frontier import FRONTIER
 from elastic_jax.hub_load import fetch_description
 from elastic_jax.hub_push import push
 from elastic_jax.step import Bucket, StepConfig
@@ -78,7 +79,8 @@ def repository(hub: HubServer) -> Repository:
 
 
 def load(name: str = NAME, **options: Any) -> ElasticMistral:
-    return ElasticMistral.load(name, "XL", **({"dtype": "float32", "workers": 2, "preload": False} | options))
+    defaults: dict[str, Any] = {"mode": "XL", "dtype": "float32", "workers": 2, "preload": False}
+    return ElasticMistral.load(name, **(defaults | options))
 
 
 def generate(model: ElasticMistral) -> tuple[int, ...]:
@@ -117,6 +119,18 @@ def test_only_the_modes_files_are_downloaded(hub: HubServer, compiled: CompiledT
     hub.forget()
     load(trust=True)
     assert hub.downloaded == []
+
+
+def test_a_request_of_the_frontier_downloads_that_plans_files(
+    repository: Repository, pushed: dict[str, bytes], compiled: CompiledTiny, tmp_path: Path
+) -> None:
+    shutil.copytree(compiled.checkpoint.path, tmp_path / "searched", ignore=shutil.ignore_patterns("executables"))
+    write_frontier(tmp_path / "searched")
+    repository.commit(pushed | {FRONTIER: (tmp_path / "searched" / FRONTIER).read_bytes()})
+    with pytest.raises(ExecutableError, match="there are none of mode S for"):
+        load(mode="max-loss=2%", trust=True)
+    with pytest.raises(PlanError, match="no plan"):
+        load(mode="max-gib=0.0001", trust=True)
 
 
 def test_executables_of_other_targets_and_modes_are_left_there(

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hub_server import TOKEN, HubServer, RefusedError, serve_hub, use_hub
 from huggingface_hub import constants
-from tiny import CompiledTiny
+from tiny import CompiledTiny, write_frontier
 
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import CheckpointError, ExecutableError, HubError, PlanError
 from elastic_jax.executables import store_folders
+from elastic_jax.frontier import FRONTIER
 from elastic_jax.hub_push import Pushed, push
 
 # Large files go through a part of the client that calls its own HTTP library in a deprecated way.
@@ -112,6 +113,17 @@ def test_a_mode_alone_is_a_checkpoint_of_its_own(hub: HubServer, folder: Path, t
     assert [plan.name for plan in copy.stored_plans()] == ["S"]
     assert {precision for _, precision in copy.manifest.folders} == {"int8", "bf16"}
     assert ("layers.0.qkv", "bf16") not in copy.manifest.folders
+
+
+def test_a_frontier_goes_with_the_whole_checkpoint_only(hub: HubServer, folder: Path) -> None:
+    write_frontier(folder)
+    run(folder)
+    assert pushed_files(hub) == on_disk(folder)
+    run(folder, modes=["S"])
+    assert FRONTIER not in pushed_files(hub)
+    (folder / FRONTIER).write_text("{}")
+    with pytest.raises(PlanError, match="is no frontier"):
+        run(folder)
 
 
 def test_what_was_pushed_before_is_replaced_but_for_other_targets(hub: HubServer, folder: Path) -> None:
