@@ -32,7 +32,7 @@ class Case:
         operations: what a layer must compute, two for each product.
         arithmetic: whose limit holds for them.
         layers: how many a call holds.
-        operands: () -> (what is only read, what is updated in place); traced.
+        operands: (random numbers) -> (what is only read, what is updated in place); traced.
         call: (both operands) -> (results, what was updated).
         outcome: (results, what was updated) -> what is compared with the reference's.
         reference: (both operands) -> what `outcome` should give.
@@ -48,7 +48,7 @@ class Case:
     operations: int
     arithmetic: Literal["int8", "bf16"]
     layers: int
-    operands: Callable[[], tuple[Any, Any]]
+    operands: Callable[["Random"], tuple[Any, Any]]
     call: Callable[[Any, Any], tuple[Any, Any]]
     outcome: Callable[[Any, Any], Any]
     reference: Callable[[Any, Any], Any]
@@ -58,6 +58,55 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kernel}, {self.implementation}: {self.work}"
+
+    def draw(self, seed: Any) -> tuple[Any, Any]:
+        """`operands` of a seed, a uint32; traced."""
+        return self.operands(Random(seed))
+
+
+class Random:
+    """Random numbers that cost neither time nor compiling: a hash of each number's place (lowbias32 of
+    github.com/skeeto/hash-prospector). JAX's generators take seconds to compile for a case's many arrays.
+
+    Args:
+        seed: uint32, traced, so that nothing is computed while compiling.
+    """
+
+    def __init__(self, seed: Any) -> None:
+        self._seed, self._drawn = seed, 0
+
+    def bits(self, shape: tuple[int, ...]) -> jax.Array:
+        """uint32, other ones at every call."""
+        self._drawn += 1
+        start = self._seed + jnp.uint32(self._drawn * 0x9E3779B9 % 2**32)
+        x = jax.lax.iota(jnp.uint32, int(np.prod(shape))).reshape(shape) * jnp.uint32(0x9E3779B1) + start
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return x ^ (x >> 16)
+
+    def int8(self, shape: tuple[int, ...]) -> jax.Array:
+        """In [-64, 63], of a standard deviation of 37."""
+        return (self.bits(shape) >> 25).astype(jnp.int8) - jnp.int8(64)
+
+    def uniform(self, shape: tuple[int, ...], low: float, high: float) -> jax.Array:
+        """float32."""
+        return low + (high - low) * (self.bits(shape) >> 8).astype(jnp.float32) / 2**24
+
+    def normal(self, shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> jax.Array:
+        """Nearly so, of a deviation of one: the sum of four bytes, with a fraction so that few are equal."""
+        x, fraction = self.bits(shape), self.uniform(shape, -0.5, 0.5)
+        total = sum(((x >> shift) & 0xFF).astype(jnp.float32) for shift in (0, 8, 16, 24))
+        return ((total - 510.0 + fraction) / 147.8).astype(dtype)
+
+    def weight(self, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """A model's weight: int8, its scales, a norm, or one of a deviation of 0.02."""
+        if dtype == jnp.int8:
+            return self.int8(shape)
+        if len(shape) == 1:
+            return self.uniform(shape, 0.5, 1.5).astype(dtype)
+        if shape[1] == 1:
+            return self.uniform(shape, 0.5, 1.5) * 0.02 / 37
+        return (0.02 * self.normal(shape, jnp.float32)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +172,6 @@ def first_result(results: Sequence[Any], state: Any) -> Any:
     """The outcome that belongs to it."""
     del state
     return results[0]
-
-
-def keys_of(count: int) -> list[Any]:
-    """Keys of random numbers; `unsafe_rbg` draws gigabytes in milliseconds."""
-    return list(jax.random.split(jax.random.key(0, impl="unsafe_rbg"), count))
-
-
-def random_int8(key: Any, shape: tuple[int, ...]) -> jax.Array:
-    """In [-64, 63], of a standard deviation of 37."""
-    return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8) // jnp.int8(2)
 
 
 def difference(found: Any, expected: Any) -> jax.Array:

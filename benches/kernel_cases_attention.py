@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from attention import Work, repeated
-from kernel_case import COPIES_BYTES, Case, Place, difference, each_layer, first_layer, first_result, keys_of
+from kernel_case import COPIES_BYTES, Case, Place, Random, difference, each_layer, first_layer, first_result
 from random_model import SMALL
 
 from elastic_jax import kernels
@@ -45,17 +45,15 @@ def _attention(place: Place, implementation: str, work: Work, precision: KvPreci
     layers = int(np.clip(COPIES_BYTES // (pages * attention_bench.PAGE * 2 * kv_heads * head_bytes), 4, 16))
     order = np.random.default_rng(0).permutation(pages * layers).reshape(layers, -1)
 
-    def operands() -> tuple[Any, Any]:
+    def operands(random: Random) -> tuple[Any, Any]:
         batches = [attention_bench.make_batch(work, each, padding=0) for each in order]
-        keys = keys_of(3)
         shape = (pages * layers * attention_bench.PAGE, 2, kv_heads, dim)
         if precision == "full":
-            kv: Any = jax.random.normal(keys[0], shape, jnp.bfloat16)
+            kv: Any = random.normal(shape)
         else:
-            numbers = jnp.clip(40 * jax.random.normal(keys[0], shape, jnp.bfloat16), -127, 127).astype(jnp.int8)
-            kv = QuantizedCache(numbers, jax.random.uniform(keys[1], shape[:-1], minval=0.5) / 40, "bfloat16")
-        queries = jax.random.normal(keys[2], (layers, batches[0].row.shape[0], heads, dim), jnp.bfloat16)
-        return (list(queries), kv, batches), ()
+            kv = QuantizedCache(random.int8(shape), random.uniform(shape[:-1], 0.5, 1.5) / 37, "bfloat16")
+        queries = [random.normal((batches[0].row.shape[0], heads, dim)) for _ in batches]
+        return (queries, kv, batches), ()
 
     attend = kernels.ATTENTION[implementation]
 
@@ -89,8 +87,6 @@ def _attention(place: Place, implementation: str, work: Work, precision: KvPreci
 
 def exact_attention(query: Any, kv: Any, batch: Any) -> jax.Array:
     """The plain reference in float32."""
-    if isinstance(kv, QuantizedCache):
-        kv = dataclasses.replace(kv, compute="float32")
-    else:
-        kv = kv.astype(jnp.float32)
+    quantized = isinstance(kv, QuantizedCache)
+    kv = dataclasses.replace(kv, compute="float32") if quantized else kv.astype(jnp.float32)
     return kernels.ATTENTION["xla"](query.astype(jnp.float32), kv, batch)

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_case import Case, Place, copies, difference, each_layer, first_layer, first_result, keys_of
-from random_model import SMALL, draw_leaf
+from kernel_case import Case, Place, Random, copies, difference, each_layer, first_layer, first_result
+from random_model import SMALL
 
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
@@ -43,9 +43,7 @@ def decode_layers(place: Place) -> Iterable[Case]:
                             yield _layers(place, implementation, weights, kv, count, context)
 
 
-def _layers(
-    place: Place, implementation: str, precision: str, kv: KvPrecision, tokens: int, context: int
-) -> Case:
+def _layers(place: Place, implementation: str, precision: str, kv: KvPrecision, tokens: int, context: int) -> Case:
     config = dataclasses.replace(place.config, num_layers=LAYERS, vocab_size=64)
     abstract = _abstract(config, PRECISIONS[precision])
     leaves, tree = jax.tree.flatten({name: leaf for name, leaf in abstract.items() if name.startswith("layers")})
@@ -54,9 +52,8 @@ def _layers(
     slot = (table[:, context // PAGE] * PAGE + context % PAGE).astype(np.int32)
     cache = abstract_cache((tokens * pages * PAGE, 2, config.num_kv_heads, config.head_dim), "bfloat16", kv)
 
-    def operands() -> tuple[Any, Any]:
-        keys = keys_of(1 + len(leaves) + LAYERS)
-        drawn = [draw_leaf(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys[1:], leaves, strict=False)]
+    def operands(random: Random) -> tuple[Any, Any]:
+        drawn = [random.weight(leaf.shape, leaf.dtype) for leaf in leaves]
         row = np.arange(tokens, dtype=np.int32)
         batch = TokenBatch(
             row=jnp.asarray(row),
@@ -67,8 +64,8 @@ def _layers(
             generated=tokens,
             page_size=PAGE,
         )
-        x = jax.random.normal(keys[0], (tokens, config.hidden_size), jnp.bfloat16)
-        caches = tuple(_random_cache(key, cache) for key in keys[-LAYERS:])
+        x = random.normal((tokens, config.hidden_size))
+        caches = tuple(_random_cache(random, cache) for _ in range(LAYERS))
         return (jax.tree.unflatten(tree, drawn), x, batch), caches
 
     def run(implementation: str, attention: str, dot: str) -> Any:
@@ -129,13 +126,12 @@ def _composed(config: ModelConfig, layers: Sequence[Block], x: Any, caches: Any,
     return x, tuple(written)
 
 
-def _random_cache(key: Any, cache: Any) -> Any:
-    """Numbers of a deviation of one."""
-    numbers = jax.random.normal(key, cache.shape, jnp.bfloat16)
+def _random_cache(random: Random, cache: Any) -> Any:
+    """Numbers of a deviation of about one."""
     if not isinstance(cache, QuantizedCache):
-        return numbers
-    values = jnp.clip(40 * numbers, -127, 127).astype(jnp.int8)
-    return dataclasses.replace(cache, values=values, scales=jnp.full(cache.scales.shape, 1 / 40, jnp.float32))
+        return random.normal(cache.shape)
+    scales = random.uniform(cache.scales.shape, 0.5, 1.5) / 37
+    return dataclasses.replace(cache, values=random.int8(cache.shape), scales=scales)
 
 
 def decode_heads(place: Place) -> Iterable[Case]:
@@ -154,11 +150,13 @@ def _head(place: Place, implementation: str, precision: str, rows: int) -> Case:
     elements = config.vocab_size * config.hidden_size
     count = copies(elements)
 
-    def operands() -> tuple[Any, Any]:
-        keys = keys_of(2 + count)
-        x = jax.random.normal(keys[0], (rows, config.hidden_size), jnp.bfloat16)
-        norm = draw_leaf(keys[1], (config.hidden_size,), jnp.bfloat16)
-        return [(x, norm, jax.tree.unflatten(tree, _drawn(key, leaves))) for key in keys[2:]], ()
+    def operands(random: Random) -> tuple[Any, Any]:
+        x, norm = random.normal((rows, config.hidden_size)), random.weight((config.hidden_size,), jnp.bfloat16)
+
+        def drawn() -> Any:
+            return jax.tree.unflatten(tree, [random.weight(leaf.shape, leaf.dtype) for leaf in leaves])
+
+        return [(x, norm, drawn()) for _ in range(count)], ()
 
     def run(implementation: str, dot: str) -> Any:
         def logits(x: Any, norm_weight: Any, weight: Any) -> jax.Array:
@@ -187,8 +185,3 @@ def _head(place: Place, implementation: str, precision: str, rows: int) -> Case:
         error=difference,
         tolerance=1e-2,
     )
-
-
-def _drawn(key: Any, leaves: Sequence[Any]) -> list[Any]:
-    keys = jax.random.split(key, len(leaves))
-    return [draw_leaf(each, leaf.shape, leaf.dtype) for each, leaf in zip(keys, leaves, strict=True)]

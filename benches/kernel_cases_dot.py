@@ -11,13 +11,12 @@ from kernel_case import (
     THEN,
     Case,
     Place,
+    Random,
     copies,
     difference,
     each_layer,
     first_layer,
     first_result,
-    keys_of,
-    random_int8,
 )
 from random_model import SMALL
 
@@ -39,9 +38,9 @@ _EPILOGUES = {"qkv": "", "o": "added", "gate_up": "SwiGLU", "down": "added"}
 
 
 def _weights(config: ModelConfig) -> list[tuple[str, int, int]]:
-    """(name, out, in) of each weight's shape."""
-    shapes = {(group.out_size, group.in_size): name for name, group in model_groups(config).items()}
-    return [(name.rsplit(".", 1)[-1], *shape) for shape, name in shapes.items()]
+    """(kind, out, in) of each kind of weight."""
+    kinds = {group.kind: (group.out_size, group.in_size) for group in model_groups(config).values()}
+    return [(kind, *shape) for kind, shape in kinds.items()]
 
 
 def integer_dots(place: Place) -> Iterable[Case]:
@@ -62,14 +61,12 @@ def _integer_dot(
     rows, out, contraction = shape
     count = copies(out * contraction)
 
-    def operands() -> tuple[Any, Any]:
-        keys = keys_of(4 + count)
-        x = random_int8(keys[0], (rows, contraction))
-        row_scales = jax.random.uniform(keys[1], (rows, blocks), minval=0.5)
+    def operands(random: Random) -> tuple[Any, Any]:
+        x, row_scales = random.int8((rows, contraction)), random.uniform((rows, blocks), 0.5, 1)
         # So that products are about one, where SwiGLU bends.
-        scales = jax.random.uniform(keys[2], (out, 1), minval=0.5) / (37 * 37 * contraction**0.5)
-        residual = jax.random.normal(keys[3], (rows, out), jnp.bfloat16) if epilogue == "added" else None
-        return [(x, row_scales, random_int8(key, (out, contraction)), scales, residual) for key in keys[4:]], ()
+        scales = random.uniform((out, 1), 0.5, 1) / (37 * 37 * contraction**0.5)
+        residual = random.normal((rows, out)) if epilogue == "added" else None
+        return [(x, row_scales, random.int8((out, contraction)), scales, residual) for _ in range(count)], ()
 
     dot = kernels.INTEGER_DOT[implementation]
 
@@ -101,18 +98,14 @@ def _integer_dot(
     )
 
 
-def exact_integer_dot(
-    x: Any, row_scales: Any, values: Any, scales: Any, residual: Any, *, epilogue: str
-) -> jax.Array:
+def exact_integer_dot(x: Any, row_scales: Any, values: Any, scales: Any, residual: Any, *, epilogue: str) -> jax.Array:
     """int8 is exact in float32, and so are sums below 2**24: another route than that of any integer dot."""
     blocks = row_scales.shape[1]
     size = x.shape[1] // blocks
     total = jnp.zeros((), jnp.float32)
     for block in range(blocks):
         columns = slice(block * size, (block + 1) * size)
-        part = jnp.dot(
-            x[:, columns].astype(jnp.float32), values[:, columns].astype(jnp.float32).T, precision="highest"
-        )
+        part = jnp.dot(x[:, columns].astype(jnp.float32), values[:, columns].astype(jnp.float32).T, precision="highest")
         total = total + part * row_scales[:, block, None]
     product = total * scales[:, 0][None, :]
     if epilogue == "SwiGLU":
@@ -130,10 +123,9 @@ def bf16_dots(place: Place) -> Iterable[Case]:
 def _bf16_dot(name: str, rows: int, out: int, contraction: int) -> Case:
     count = copies(2 * out * contraction)
 
-    def operands() -> tuple[Any, Any]:
-        keys = keys_of(1 + count)
-        x = jax.random.normal(keys[0], (rows, contraction), jnp.bfloat16)
-        return [(x, jax.random.normal(key, (out, contraction), jnp.bfloat16)) for key in keys[1:]], ()
+    def operands(random: Random) -> tuple[Any, Any]:
+        x = random.normal((rows, contraction))
+        return [(x, random.normal((out, contraction))) for _ in range(count)], ()
 
     def dot(x: Any, weight: Any, dtype: Any = jnp.bfloat16, precision: Any = None) -> jax.Array:
         dimensions = (((1,), (1,)), ((), ()))

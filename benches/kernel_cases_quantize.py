@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernel_case import Case, Place, bytes_of, copies, each_layer, first_layer, first_result, keys_of, largest
+from kernel_case import Case, Place, Random, bytes_of, copies, each_layer, first_layer, first_result, largest
 from random_model import SMALL
 
 from elastic_jax import kernels
@@ -35,10 +35,9 @@ def _rounding(place: Place, implementation: str, name: str, width: int, dtype: A
     moved = bytes_of(((rows, width), dtype), ((rows, width), jnp.int8), ((rows, blocks), jnp.float32))
     count = copies(moved)
 
-    def operands() -> tuple[Any, Any]:
-        keys = keys_of(1 + count)
-        weight = jax.random.uniform(keys[0], (width,), jnp.bfloat16, 0.5, 1.5)
-        return [(jax.random.normal(key, (rows, width), dtype), weight) for key in keys[1:]], ()
+    def operands(random: Random) -> tuple[Any, Any]:
+        weight = random.weight((width,), jnp.bfloat16)
+        return [(random.normal((rows, width), dtype), weight) for _ in range(count)], ()
 
     def rounded(quantize: Any) -> Any:
         def call(x: Any, weight: Any) -> Any:
@@ -68,6 +67,4 @@ def rounding_error(found: Any, expected: Any) -> jax.Array:
     """Numbers halfway between two integers may fall on either side, which few are; none is off by more than one."""
     (plane, scale), (exact, exact_scale) = found, expected
     apart = jnp.abs(plane.astype(jnp.int32) - exact.astype(jnp.int32))
-    return largest(
-        [jnp.mean(apart > 0), jnp.max(apart) > 1, jnp.max(jnp.abs(scale - exact_scale) / exact_scale)]
-    )
+    return largest([jnp.mean(apart > 0), jnp.max(apart) > 1, jnp.max(jnp.abs(scale - exact_scale) / exact_scale)])

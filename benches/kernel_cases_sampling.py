@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernel_case import Case, Place, each_layer, first_layer, first_result, keys_of, largest
+from kernel_case import Case, Place, Random, each_layer, first_layer, first_result, largest
 from random_model import SMALL
 
 from elastic_jax import kernels
@@ -31,14 +31,12 @@ def _sampling(place: Place, implementation: str, rows: int, everything: bool) ->
     vocab = place.config.vocab_size
     words = -(-vocab // 32)
 
-    def parameters(key: Any) -> SamplingInputs:
+    def parameters(random: Random) -> SamplingInputs:
         def floats(value: float) -> jax.Array:
             return jnp.full(rows, value, jnp.float32)
 
-        keys = jax.random.split(key, 4)
         every = vocab // BIAS
         biased = every * jnp.arange(BIAS, dtype=jnp.int32)[None, :]  # distinct, as a request's are
-        forbidden = jax.random.bits(keys[0], (rows, words)) & jax.random.bits(keys[1], (rows, words))
         return SamplingInputs(
             temperature=floats(0.8),
             top_k=jnp.full(rows, 50, jnp.int32),
@@ -48,24 +46,22 @@ def _sampling(place: Place, implementation: str, rows: int, everything: bool) ->
             presence_penalty=floats(0.1),
             frequency_penalty=floats(0.1),
             choice=jnp.arange(rows, dtype=jnp.int32),
-            bias_token=jax.random.randint(keys[2], (rows, 1), 0, every, jnp.int32) + biased,
-            bias=jax.random.uniform(keys[3], (rows, BIAS), minval=-1.0),
-            allowed=~forbidden,
+            bias_token=biased + (random.bits((rows, 1)) % every).astype(jnp.int32),
+            bias=random.uniform((rows, BIAS), -1, 1),
+            allowed=random.bits((rows, words)) | random.bits((rows, words)),
         )
 
-    def operands() -> tuple[Any, Any]:
+    def operands(random: Random) -> tuple[Any, Any]:
         layers = []
-        for key in keys_of(LAYERS):
-            keys = jax.random.split(key, 5)
-            counts = jnp.where(jax.random.bits(keys[0], (rows, vocab)) < 1 << 22, jnp.int32(2), jnp.int32(0))
+        for _ in range(LAYERS):
             state = SampledRows(
-                key=jax.random.bits(keys[1], (rows, 2)),
-                counts=counts,
-                prompt_mask=jax.random.bits(keys[2], (rows, words)) & jax.random.bits(keys[3], (rows, words)),
+                key=random.bits((rows, 2)),
+                counts=jnp.where(random.bits((rows, vocab)) < 1 << 22, jnp.int32(2), jnp.int32(0)),
+                prompt_mask=random.bits((rows, words)) & random.bits((rows, words)),
             )
-            logits = 3 * jax.random.normal(keys[4], (rows, vocab))
+            logits = 3 * random.normal((rows, vocab), jnp.float32)
             row = jnp.arange(rows, dtype=jnp.int32)
-            layers.append((logits, parameters(key) if everything else None, row, 100 + row, state))
+            layers.append((logits, parameters(random) if everything else None, row, 100 + row, state))
         return layers, ()
 
     # What is asked reads counts and two masks as well.

@@ -66,13 +66,12 @@ def _name(leaf: Any) -> str:
 
 def _draw_unit(leaf: Any) -> Unit:
     def draw(data: Any) -> tuple[Any]:
-        return (draw_leaf(jax.random.wrap_key_data(data, impl="unsafe_rbg"), leaf.shape, leaf.dtype),)
+        return (_draw(jax.random.wrap_key_data(data, impl="unsafe_rbg"), leaf.shape, leaf.dtype),)
 
     return Unit(_name(leaf), draw, (jax.ShapeDtypeStruct((4,), jnp.uint32),), (), {})
 
 
-def draw_leaf(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """One weight of a model, by what its shape and type say it is."""
+def _draw(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if dtype == jnp.int8:
         return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8) // jnp.int8(2)
     if len(shape) == 1:
