@@ -58,17 +58,24 @@ def environment() -> dict[str, Any]:
     }
 
 
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path | None) -> dict[str, Any]:
+    """The result as files have it; written whole or not at all, if a file is named."""
+    result = {"environment": environment(), **facts, "rows": rows}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(out)
+    return result
+
+
 def report(rows: list[dict[str, Any]], facts: dict[str, Any], out: Path | None) -> None:
     """Prints rows as a table and everything as one JSON line; writes it to a file if one is named."""
     widths = {key: max(len(key), *(len(_show(row[key])) for row in rows)) for key in rows[0]}
     print("  ".join(key.rjust(width) for key, width in widths.items()))
     for row in rows:
         print("  ".join(_show(row[key]).rjust(width) for key, width in widths.items()))
-    result = {"environment": environment(), **facts, "rows": rows}
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    print(json.dumps(write(rows, facts, out)))
 
 
 def _show(value: Any) -> str:

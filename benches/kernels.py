@@ -1,289 +1,254 @@
 """Each kernel against what the device can do at most, measured in the same run (`limits.py`).
 
-Method. A case is one implementation of a kernel on one piece of work of Mistral-Small-3.1-24B's step. It is checked
-against the plain-XLA reference (`error`; a wrong one ends the bench), then timed: one jitted call holds several layers
-with memory of their own, so that nothing comes from the L2 cache that would not in a model; as many calls as fill 50 ms
-are put in flight and waited for once, seven times after as long a warm-up. The median counts. `read_tb_s` counts what
-must be read once (weights, live keys and values), `top_s` two operations for each product; `fraction_of_limit` is the
-larger of the two times that the limits allow over the time taken, `bound` says which it is.
+Method. A case is one implementation of a kernel on one piece of work of Mistral-Small-3.1-24B's step: by default the
+implementations that are the default on this device, with --references also the plain-XLA ones. It is checked against a
+reference by another route, on random numbers (`error`; a wrong one ends the bench), then timed: one call holds several
+layers with memory of their own, so that nothing comes from the L2 cache that would not in a model; as many calls as
+fill 50 ms are put in flight and waited for once, five times after as long a warm-up. The median counts. `read_tb_s`
+counts what must go through memory once (weights, live keys and values, logits; of rounding, what is written too),
+`top_s` two operations for each product; `fraction_of_limit` is the larger of the two times that the limits allow over
+the time taken, `bound` says which it is.
 
-To add a kernel, add an entry to TABLE. `attention.py` and `integer_dot.py` try sizes of kernels; this one tells where
-they stand.
+Cases that tell most come first, so --minutes leaves out the least. Many are compiled at once, and nothing is timed
+meanwhile. The result is written after every batch. A case that cannot be compiled or run is in `failed` with its error,
+and the status is 1.
+
+A kernel's cases are in `kernel_cases_*.py`; to add one, add it to TABLE. `attention.py`, `integer_dot.py` and
+`decode_tiles.py` try sizes of kernels; this bench tells where they stand.
 
     python benches/kernels.py --out benches/results/<device>/kernels.json [--only integer_dot]
+    python benches/kernels.py --lower        # on any machine: traces every case for an H100, runs nothing
     python benches/kernels.py --small        # a tiny model on a CPU, to check this script
 """
 
 import argparse
-import dataclasses
+import functools
+import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import attention as attention_bench
 import jax
-import jax.numpy as jnp
 import numpy as np
-from environment import report
+from environment import report, write
+from kernel_case import Case, Place, fraction
+from kernel_cases_attention import attentions
+from kernel_cases_decode import decode_heads, decode_layers
+from kernel_cases_dot import bf16_dots, integer_dots
+from kernel_cases_quantize import roundings
+from kernel_cases_sampling import samplings
 from limits import dot_limit, read_limit, seconds
 from random_model import MISTRAL_SMALL, SMALL
 
-from elastic_jax import kernels
-from elastic_jax.config import ModelConfig
-from elastic_jax.groups import LM_HEAD, model_groups
+from elastic_jax.executables import default_compiler_options
 
-COPIES_BYTES = 256 << 20
-"""Memory that the layers of a call take at least: several times an L2 cache."""
-
-DOT_ROWS = (2, 16, 32, 128, 4096)
-"""Rows of an integer dot: two for each generated token, one for each of a prompt."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """A case's operands.
-
-    Attributes:
-        call: what is timed, for one layer.
-        layers: its arguments for each layer; memory that is read differs.
-        reference: the same for the plain reference, None where there is none.
-        tolerance: of the largest difference over the largest output.
-    """
-
-    call: Callable[..., jax.Array]
-    layers: Sequence[tuple[Any, ...]]
-    reference: Callable[..., jax.Array] | None
-    tolerance: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One implementation on one piece of work.
-
-    Attributes:
-        kernel: its name, of TABLE.
-        implementation: its name among the kernel's.
-        work: what it does.
-        read_bytes: what a layer must read.
-        operations: what a layer must compute.
-        arithmetic: whose limit holds for them.
-        make: makes the operands on the device.
-    """
-
-    kernel: str
-    implementation: str
-    work: str
-    read_bytes: int
-    operations: int
-    arithmetic: Literal["int8", "bf16"]
-    make: Callable[[], Made]
-
-
-def fraction(case: Case, took: float, limits: dict[str, float]) -> tuple[str, float]:
-    """Which limit binds, and the time it allows over the time taken."""
-    reading, computing = case.read_bytes / limits["read"], case.operations / limits[case.arithmetic]
-    return ("reading" if reading >= computing else case.arithmetic), max(reading, computing) / took
-
-
-# -- dots --------------------------------------------------------------------------------------------------------------
-
-
-def _weights(config: ModelConfig, rows: Iterable[int]) -> Iterable[tuple[str, int, int, int]]:
-    """(name, rows, out, in) of each weight's shape; a language-model head sees few tokens only."""
-    shapes = {(group.out_size, group.in_size): name for name, group in model_groups(config).items()}
-    for (out, contraction), name in shapes.items():
-        for count in rows:
-            if name != LM_HEAD or count <= 128:
-                yield name.rsplit(".", 1)[-1], count, out, contraction
-
-
-def _copies(size: int) -> int:
-    return max(2, min(16, COPIES_BYTES // size))
-
-
-def _int8(key: Any, shape: tuple[int, ...]) -> jax.Array:
-    return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint8), jnp.int8) // jnp.int8(2)
-
-
-def integer_dots(config: ModelConfig, implementations: Sequence[str]) -> Iterable[Case]:
-    for name, rows, out, contraction in _weights(config, DOT_ROWS):
-        for implementation in implementations:
-
-            def make(implementation: str = implementation, shape: Any = (rows, out, contraction)) -> Made:
-                count, outputs, inputs = shape
-                keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 3 + _copies(outputs * inputs))
-                x = _int8(keys[0], (count, inputs))
-                row_scales = jax.random.uniform(keys[1], (count, 1), minval=0.5)
-                scales = jax.random.uniform(keys[2], (outputs, 1), minval=0.5)
-                layers = [(x, row_scales, _int8(key, (outputs, inputs)), scales, None) for key in keys[3:]]
-                return Made(kernels.INTEGER_DOT[implementation].multiply, layers, _exact_integer_dot, 1e-6)
-
-            work = f"{name} [{out}, {contraction}], {rows} rows"
-            operations = 2 * rows * out * contraction
-            yield Case("integer_dot", implementation, work, out * contraction, operations, "int8", make)
-
-
-def _exact_integer_dot(x: Any, row_scales: Any, values: Any, scales: Any, residual: None) -> jax.Array:
-    """int8 is exact in float32, and so are sums below 2**24; another route than the integer dots'."""
-    del residual  # products alone are measured
-    exact = jnp.dot(x.astype(jnp.float32), values.T.astype(jnp.float32), precision="highest")
-    return exact * row_scales * scales[:, 0][None, :]
-
-
-def bf16_dots(config: ModelConfig, implementations: Sequence[str]) -> Iterable[Case]:
-    del implementations  # there is XLA's alone
-    for name, rows, out, contraction in _weights(config, (1, 16, 64, 4096)):
-
-        def make(shape: Any = (rows, out, contraction)) -> Made:
-            count, outputs, inputs = shape
-            keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 1 + _copies(2 * outputs * inputs))
-            x = jax.random.normal(keys[0], (count, inputs), jnp.bfloat16)
-            layers = [(x, jax.random.normal(key, (outputs, inputs), jnp.bfloat16)) for key in keys[1:]]
-            return Made(_bf16_dot, layers, None, 0)
-
-        work = f"{name} [{out}, {contraction}], {rows} rows"
-        yield Case("bf16_dot", "xla", work, 2 * out * contraction, 2 * rows * out * contraction, "bf16", make)
-
-
-def _bf16_dot(x: Any, weight: Any) -> jax.Array:
-    dimensions = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dimensions, preferred_element_type=jnp.float32).astype(jnp.bfloat16)
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-SMALL_WORKS = (
-    attention_bench.repeated(2, 128, 256),
-    attention_bench.Work("prefill 128", (), ((0, 128),), 256),
-)
-
-
-def attentions(config: ModelConfig, implementations: Sequence[str]) -> Iterable[Case]:
-    works = SMALL_WORKS if config == SMALL else attention_bench.TIMED
-    heads, kv_heads, dim = attention_bench.HEADS, attention_bench.KV_HEADS, attention_bench.DIM
-    for work in works:
-        for implementation in implementations:
-            if implementation == "xla" and work.prompt and config != SMALL:
-                continue  # the reference is for checking; it takes seconds
-
-            def make(implementation: str = implementation, work: attention_bench.Work = work) -> Made:
-                pages = attention_bench.pages_of(work)
-                layers = int(np.clip(COPIES_BYTES // (pages * attention_bench.PAGE * 4 * kv_heads * dim), 4, 40))
-                order = np.random.default_rng(0).permutation(pages * layers).reshape(layers, -1)
-                batches = [attention_bench.make_batch(work, each, padding=0) for each in order]
-                keys = jax.random.split(jax.random.key(0), 2)
-                shape = (pages * layers * attention_bench.PAGE, 2, kv_heads, dim)
-                kv = jax.random.normal(keys[0], shape, jnp.bfloat16)
-                queries = jax.random.normal(keys[1], (layers, batches[0].row.shape[0], heads, dim), jnp.bfloat16)
-                arguments = [(query, kv, batch) for query, batch in zip(queries, batches, strict=True)]
-                return Made(kernels.ATTENTION[implementation], arguments, _exact_attention, 2e-2)
-
-            read = sum(work.contexts) * 4 * kv_heads * dim
-            yield Case("attention", implementation, work.name, read, 4 * heads * dim * work.pairs, "bf16", make)
-
-
-def _exact_attention(query: Any, kv: Any, batch: Any) -> jax.Array:
-    return kernels.ATTENTION["xla"](query.astype(jnp.float32), kv.astype(jnp.float32), batch)
-
-
-# -- the table ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A kernel: the names of its implementations, and its cases."""
-
-    implementations: Iterable[str]
-    cases: Callable[[ModelConfig, Sequence[str]], Iterable[Case]]
-
-
-TABLE = {
-    "integer_dot": Entry(kernels.INTEGER_DOT, integer_dots),
-    "bf16_dot": Entry(("xla",), bf16_dots),
-    "attention": Entry(kernels.ATTENTION, attentions),
+TABLE: dict[str, Callable[[Place], Iterable[Case]]] = {
+    "decode_layer": decode_layers,
+    "decode_head": decode_heads,
+    "integer_dot": integer_dots,
+    "bf16_dot": bf16_dots,
+    "quantize": roundings,
+    "attention": attentions,
+    "sampling": samplings,
 }
 
-
-def cases_of(config: ModelConfig, platform: str, only: Sequence[str] | None) -> list[Case]:
-    """Every case that can run here; what is not plain XLA is for GPUs."""
-    found = []
-    for name, entry in TABLE.items():
-        if only and name not in only:
-            continue
-        found += entry.cases(config, [i for i in entry.implementations if platform == "gpu" or i == "xla"])
-    return found
+REPEATS = 5
+SEED = np.uint32(1)
 
 
-def compiled(case: Case) -> tuple[Made, Any]:
-    made = case.make()
-    together = jax.jit(lambda layers: [made.call(*arguments) for arguments in layers])
-    return made, together.lower(made.layers).compile()
+class WrongError(Exception):
+    """A kernel does not compute what its reference does."""
 
 
-def error_of(made: Made, out: Any) -> float:
-    if made.reference is None:
-        return 0.0
-    return float(_difference(out, jax.jit(made.reference)(*made.layers[0])))
+def cases_of(place: Place, only: Sequence[str] | None) -> list[Case]:
+    """Every case that is measured here, in the order of TABLE."""
+    return [case for name, make in TABLE.items() if not only or name in only for case in make(place)]
 
 
-@jax.jit
-def _difference(out: Any, expected: Any) -> Any:
-    out, expected = out.astype(jnp.float32), expected.astype(jnp.float32)
-    return jnp.max(jnp.abs(out - expected)) / jnp.max(jnp.abs(expected))
+def in_turn(cases: Iterable[Case]) -> list[Case]:
+    """In the order in which they are measured: of each turn, one of each kernel after the other."""
+    found, number = [], dict.fromkeys(TABLE, 0)
+    for case in cases:
+        found.append((case.turn, number[case.kernel], case))
+        number[case.kernel] += 1
+    return [case for *_, case in sorted(found, key=lambda entry: entry[:2])]
 
 
-def measure(case: Case, made: Made, call: Any, limits: dict[str, float]) -> dict[str, Any]:
-    error = error_of(made, call(made.layers)[0])
-    if not error <= made.tolerance:
-        raise SystemExit(f"{case.kernel} {case.implementation}, {case.work}: wrong by {error:.3g}")
-    took = float(np.median(seconds(lambda: call(made.layers)))) / len(made.layers)
-    bound, part = fraction(case, took, limits)
-    return {
-        "kernel": case.kernel,
-        "implementation": case.implementation,
-        "work": case.work,
-        "us": took * 1e6,
-        "read_tb_s": case.read_bytes / took / 1e12,
-        "top_s": case.operations / took / 1e12,
-        "bound": bound,
-        "fraction_of_limit": part,
-        "error": error,
-    }
+def compared(case: Case) -> Callable[[Any, Any, Any], Any]:
+    """(results, what was updated, what the reference gives) -> the error."""
+    return lambda out, state, expected: case.error(case.outcome(out, state), expected)
+
+
+class Compiled:
+    """A case's programs; none has run.
+
+    Args:
+        case: the case.
+        platform: whose options they are compiled with.
+    """
+
+    def __init__(self, case: Case, platform: str) -> None:
+        self.case = case
+        options = default_compiler_options(platform)
+        # What checks need not be fast, and choosing among kernels takes seconds.
+        quick = options | ({"xla_gpu_autotune_level": 0} if platform == "gpu" else {})
+        shapes = jax.eval_shape(case.draw, SEED)
+        self.operands = jax.jit(case.draw).lower(SEED).compile(compiler_options=quick)
+        call = jax.jit(case.call, donate_argnums=1).lower(*shapes)
+        self.call = call.compile(compiler_options=options)
+        reference = jax.jit(case.reference).lower(*shapes)
+        self.reference = reference.compile(compiler_options=quick)
+        error = jax.jit(compared(case)).lower(*call.out_info, reference.out_info)
+        self.error = error.compile(compiler_options=quick)
+
+    def measure(self, limits: dict[str, float]) -> dict[str, Any]:
+        """Checks and times it.
+
+        Raises:
+            WrongError: it is wrong.
+        """
+        case = self.case
+        given, state = self.operands(SEED)
+        expected = self.reference(given, state)
+        out, state = self.call(given, state)
+        error = float(self.error(out, state, expected))
+        del out, expected
+        if not error <= case.tolerance:
+            raise WrongError(f"{case.name}: wrong by {error:.3g}, at most {case.tolerance:.3g} is allowed")
+
+        def again() -> Any:
+            nonlocal state
+            out, state = self.call(given, state)
+            return out
+
+        took = float(np.median(seconds(again, REPEATS))) / case.layers
+        bound, part = fraction(case, took, limits)
+        return {
+            "kernel": case.kernel,
+            "implementation": case.implementation,
+            "work": case.work,
+            "us": took * 1e6,
+            "read_tb_s": case.read_bytes / took / 1e12,
+            "top_s": case.operations / took / 1e12,
+            "bound": bound,
+            "fraction_of_limit": part,
+            "error": error,
+        }
+
+
+def attempt[T](function: Callable[[], T]) -> T | Exception:
+    """What it returns, or what it raises: one case must not end the others."""
+    try:
+        return function()
+    except WrongError:
+        raise
+    except Exception as error:
+        return error
+
+
+def run(
+    cases: Sequence[Case], platform: str, limits: dict[str, float], threads: int, end: float, save: Callable[..., None]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
+    """Measures cases in batches; `save` gets rows, failures and what is left after each.
+
+    Raises:
+        WrongError: a kernel is wrong; what came before is saved.
+    """
+    order = {case.name: number for number, case in enumerate(cases)}
+    rows: dict[str, dict[str, Any]] = {}
+    failed: list[dict[str, str]] = []
+    waiting = in_turn(cases)
+
+    def state() -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
+        return [rows[name] for name in sorted(rows, key=order.__getitem__)], failed, [case.name for case in waiting]
+
+    with ThreadPoolExecutor(threads) as pool:
+        while waiting and time.time() < end:
+            # All are compiled before the first is timed, so that nothing else runs then.
+            batch = waiting[: 2 * threads]
+            made = list(pool.map(lambda case: attempt(functools.partial(Compiled, case, platform)), batch))
+            try:
+                for case, compiled in zip(batch, made, strict=True):
+                    found = compiled
+                    if isinstance(compiled, Compiled):
+                        found = attempt(functools.partial(compiled.measure, limits))
+                    waiting.remove(case)
+                    if isinstance(found, Exception):
+                        failed.append({"case": case.name, "error": f"{type(found).__name__}: {found}"})
+                        print("failed", failed[-1], flush=True)
+                    else:
+                        rows[case.name] = found
+                        print(found, flush=True)
+            finally:
+                save(*state())
+    return state()
+
+
+def lower(cases: Sequence[Case], device: Any) -> list[str]:
+    """Traces every case for a device that need not be there; returns those that cannot be."""
+    wrong = []
+    for case in cases:
+        found = attempt(functools.partial(lowered, case, device))
+        print(f"{case.name}: {found if isinstance(found, Exception) else 'can be lowered'}", flush=True)
+        if isinstance(found, Exception):
+            wrong.append(case.name)
+    return wrong
+
+
+def lowered(case: Case, device: Any) -> str:
+    """The call of a case as text."""
+    shapes = jax.eval_shape(case.draw, SEED)
+    with jax.default_device(device):
+        call = jax.jit(case.call, donate_argnums=1).trace(*shapes).lower(lowering_platforms=("cuda",))
+        expected = jax.eval_shape(case.reference, *shapes)
+        jax.eval_shape(compared(case), *call.out_info, expected)
+    return call.as_text()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=TABLE, help="these kernels")
+    parser.add_argument("--references", action="store_true", help="measure the plain-XLA implementations too")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cases compiled at once")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no batch after that")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to check this script")
+    parser.add_argument("--lower", metavar="TARGET", nargs="?", const="h100", help="only trace, for an absent GPU")
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=TABLE, help="these kernels")
-    parser.add_argument("--threads", type=int, default=8, help="cases compiled at once")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after that")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to check this script")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parse()
     end = time.time() + 60 * arguments.minutes
+    config = SMALL if arguments.small else MISTRAL_SMALL
+    if arguments.lower:
+        from aot_cache.targets import absent_device, find
+
+        jax.config.update("jax_platforms", "cpu")
+        device = absent_device(find(arguments.lower))
+        place = Place.of(device, config, references=arguments.references)
+        sys.exit(1 if lower(cases_of(place, arguments.only), device) else 0)
     device = jax.devices()[0]
     limits = {"read": read_limit(device), **{kind: dot_limit(device, kind) for kind in ("int8", "bf16")}}
     print({name: f"{value / 1e12:.2f}" for name, value in limits.items()}, "TB/s, TOP/s", flush=True)
-    cases = cases_of(SMALL if arguments.small else MISTRAL_SMALL, device.platform, arguments.only)
-    rows: list[dict[str, Any]] = []
-    left: list[str] = []
-    with ThreadPoolExecutor(arguments.threads) as pool:
-        for start in range(0, len(cases), arguments.threads):
-            here = cases[start : start + arguments.threads]
-            if time.time() >= end:
-                left += [f"{case.kernel} {case.implementation} {case.work}" for case in here]
-                continue
-            # All are compiled before the first is timed, so that nothing else runs then.
-            for case, (made, call) in zip(here, list(pool.map(compiled, here)), strict=True):
-                rows.append(measure(case, made, call, limits))
-                print(rows[-1], flush=True)
-    facts = {
-        "bench": "kernels",
-        "limits": {"read_tb_s": limits["read"] / 1e12, **{f"{k}_top_s": limits[k] / 1e12 for k in ("int8", "bf16")}},
-        "left_out": left,
-    }
-    report(rows, facts, arguments.out)
+    told = {"read_tb_s": limits["read"] / 1e12, **{f"{k}_top_s": limits[k] / 1e12 for k in ("int8", "bf16")}}
+    cases = cases_of(Place.of(device, config, references=arguments.references), arguments.only)
+
+    def save(rows: list[dict[str, Any]], failed: list[dict[str, str]], left: list[str]) -> None:
+        write(rows, {"bench": "kernels", "limits": told, "left_out": left, "failed": failed}, arguments.out)
+
+    try:
+        rows, failed, left = run(cases, device.platform, limits, arguments.threads, end, save)
+    except WrongError as error:
+        sys.exit(str(error))
+    if rows:
+        report(rows, {"bench": "kernels", "limits": told, "left_out": left, "failed": failed}, arguments.out)
+    print(json.dumps({"measured": len(rows), "failed": len(failed), "left_out": len(left)}))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

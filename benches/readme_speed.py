@@ -127,23 +127,31 @@ def startup(result: Mapping[str, Any]) -> str:
 
 
 def kernels(result: Mapping[str, Any]) -> str:
+    """A table for each kernel, with a column for each size: what stands after the last comma of a case's work."""
     limits = result["limits"]
-    rows = [
-        [
-            f"{row['kernel']}, {row['implementation']}",
-            row["work"],
-            f"{row['us']:.1f}",
-            f"{row['read_tb_s']:.2f}",
-            f"{row['top_s']:.0f}",
-            f"{100 * row['fraction_of_limit']:.0f} % of {row['bound']}",
-        ]
-        for row in result["rows"]
-    ]
-    return (
+    parts = [
         f"### Kernels\n\n{where(result)}; limits measured in the same run: {limits['read_tb_s']:.2f} TB/s of reading, "
-        f"{limits['int8_top_s']:.0f} TOP/s in int8, {limits['bf16_top_s']:.0f} in bf16 (`benches/kernels.py`):\n\n"
-        + table(["kernel", "work", "µs", "TB/s", "TOP/s", "of the limit"], rows)
-    )
+        f"{limits['int8_top_s']:.0f} TOP/s in int8, {limits['bf16_top_s']:.0f} in bf16. Each case is checked against a "
+        "reference, then timed with memory of its own for every layer: µs a layer, and what the limit that binds would "
+        "take in % of it; that is reading, or arithmetic where the type stands behind (`benches/kernels.py` has the "
+        "method, the committed JSON TB/s, TOP/s and errors)."
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in result["rows"]):
+        cells: dict[tuple[str, str], dict[str, str]] = {}
+        for row in result["rows"]:
+            if row["kernel"] == kernel:
+                work, _, size = row["work"].rpartition(", ")
+                bound = "" if row["bound"] == "reading" else f" {row['bound']}"
+                text = f"{row['us']:.1f} ({100 * row['fraction_of_limit']:.0f} %{bound})"
+                cells.setdefault((work, row["implementation"]), {})[size] = text
+        sizes = list(dict.fromkeys(size for line in cells.values() for size in line))
+        lines = [[*key, *(line.get(size, "") for size in sizes)] for key, line in cells.items()]
+        parts.append(table([kernel, "by", *sizes], lines))
+    if result.get("failed"):
+        parts.append(f"Could not be measured: {'; '.join(entry['case'] for entry in result['failed'])}.")
+    if result["left_out"]:
+        parts.append(f"Time did not suffice for {len(result['left_out'])} cases more.")
+    return "\n\n".join(parts)
 
 
 def cpu(result: Mapping[str, Any]) -> str:

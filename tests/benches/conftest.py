@@ -11,7 +11,7 @@ _FOLDER = str(Path(__file__).resolve().parents[2] / "benches")
 
 sys.path.insert(0, _FOLDER)
 try:
-    for _name in ("batch_run", "cpu", "latency_rows", "random_model", "readme", "tiles"):
+    for _name in ("batch_run", "cpu", "kernel_case", "latency_rows", "random_model", "readme", "tiles"):
         importlib.import_module(_name)
     sys.modules["kernels_bench"] = importlib.import_module("kernels")
     del sys.modules["kernels"]

@@ -79,6 +79,32 @@ def test_anchors_apart_and_what_does_not_fit_are_told():
     assert "--minutes" not in text
 
 
+def test_kernels_have_a_table_each_with_a_column_for_each_size():
+    def row(kernel: str, implementation: str, work: str, us: float, bound: str = "reading") -> dict[str, Any]:
+        names = {"kernel": kernel, "implementation": implementation, "work": work, "bound": bound}
+        return names | {"us": us, "fraction_of_limit": 0.9, "read_tb_s": 1.0, "top_s": 1.0, "error": 0.0}
+
+    rows = [
+        row("decode_layer", "cuda", "int8 at 256, 1 token", 190),
+        row("decode_layer", "cuda", "int8 at 256, 16 tokens", 210),
+        row("decode_layer", "cuda", "bf16 at 256, 1 token", 380),
+        row("integer_dot", "pallas", "o [5 x 4], 64 rows", 15),
+        row("integer_dot", "cuda", "o [5 x 4] added, 4096 rows", 140, "int8"),
+    ]
+    limits = {"read_tb_s": 3.17, "int8_top_s": 1411.0, "bf16_top_s": 767.0}
+    kernels = {"environment": result()["environment"], "limits": limits, "left_out": [], "failed": [], "rows": rows}
+    text = readme_speed.kernels(kernels)
+    assert "| decode_layer | by | 1 token | 16 tokens |" in text
+    assert "| int8 at 256 | cuda | 190.0 (90 %) | 210.0 (90 %) |" in text
+    assert "| bf16 at 256 | cuda | 380.0 (90 %) |  |" in text
+    assert "| o [5 x 4] added | cuda |  | 140.0 (90 % int8) |" in text
+    assert "Could not" not in text
+    assert "Time did not" not in text
+    more = readme_speed.kernels(kernels | {"left_out": ["a", "b"], "failed": [{"case": "attention, x", "error": "E"}]})
+    assert "Could not be measured: attention, x." in more
+    assert "Time did not suffice for 2 cases more." in more
+
+
 def test_kl_of_the_same_device_stands_beside_the_table():
     fidelity = {"rows": [{"mode": "S", "dtype": "bfloat16", "role": "prompt", "kl": 0.0351}]}
     assert "S 0.0351 (prompt tokens)" in readme_speed.latency(result(), fidelity)
