@@ -105,7 +105,7 @@ def _layers(place: Place, implementation: str, precision: str, kv: KvPrecision, 
         operands=operands,
         call=run(implementation, place.defaults["attention"], place.defaults["integer_dot"]),
         outcome=outcome,
-        reference=lambda given, caches: outcome(*run("xla", "xla", "xla")(given, caches)),
+        reference=lambda given, caches: outcome(*run("xla", "xla", place.defaults["integer_dot"])(given, caches)),
         error=difference,
         tolerance=3e-2,  # of the largest: the residual stream is bf16, and rounded at every layer
     )
