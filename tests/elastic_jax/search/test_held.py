@@ -113,7 +113,9 @@ def test_bytes_never_exceed_the_budget_whatever_is_asked_for(room):
     store = weights(source, room, passing=min(4, room))
     random = np.random.default_rng(0)
     for _ in range(30):
-        walk(store, str(random.choice(["bf16", "int8"])), int(random.integers(LAYERS)), f"layers.{random.integers(6)}.a")
+        walk(
+            store, str(random.choice(["bf16", "int8"])), int(random.integers(LAYERS)), f"layers.{random.integers(6)}.a"
+        )
         store.expect([("lm_head", "int8"), *keys("int8")])
         assert store.peak <= room * SIZE
     assert source.most <= room * SIZE
@@ -169,7 +171,7 @@ class Mark:
 def test_memory_counts_until_the_computation_that_used_it_is_done(monkeypatch):
     marks = []
 
-    def mark(result):
+    def mark(_):
         marks.append(Mark())
         return marks[-1]
 
