@@ -28,7 +28,7 @@ from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
 from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import Choice, stored_precision
 from elastic_jax.search.distances import Distances, Head, Reference, head_tokens
-from elastic_jax.search.held import Held
+from elastic_jax.search.held import Held, Key
 from elastic_jax.search.products import product
 from elastic_jax.search.room import Room, held_weights
 from elastic_jax.weights import PROMPT_ACTIVATIONS
@@ -114,7 +114,8 @@ class Forward:
         """Says that a layer's groups come next, each by every one of `choices`: they may be read meanwhile."""
         if 0 <= layer < self.config.num_layers:
             precisions = dict.fromkeys(map(stored_precision, choices))
-            self._weights.expect((f"layers.{layer}.{kind}", each) for kind in KINDS for each in precisions)
+            keys: list[Key] = [(f"layers.{layer}.{kind}", each) for kind in KINDS for each in precisions]
+            self._weights.expect(keys)
 
     def used_by(self, result: Array) -> None:
         """Says that what makes `result` is the last to use the weights that were asked for: they may go after it."""
@@ -190,8 +191,9 @@ class Forward:
         """The residual stream after one layer of a plan, whose next one is expected to follow."""
         x = self.layer(x, layer, layer_choices(plan, layer), role)
         if layer + 1 < self.config.num_layers:
-            precisions = map(stored_precision, layer_choices(plan, layer + 1))
-            self._weights.expect((f"layers.{layer + 1}.{kind}", p) for kind, p in zip(KINDS, precisions, strict=True))
+            names = [f"layers.{layer + 1}.{kind}" for kind in KINDS]
+            keys: list[Key] = [(name, stored_precision(plan[name])) for name in names]
+            self._weights.expect(keys)
         return x
 
     def reference(self, stream: Float32[Array, "tokens hidden"]) -> Reference:

@@ -39,7 +39,9 @@ def weight_sizes(config: ModelConfig, device: Device, precisions: Sequence[Preci
             sizes[name, "bf16"] = item * group.parameters
         if "int8" in precisions:
             sizes[name, "int8"] = group.parameters + 4 * group.out_size
-    return sizes | {(name, "bf16"): item * config.hidden_size for name in _norms(config)}
+    for name in _norms(config):
+        sizes[name, "bf16"] = item * config.hidden_size
+    return sizes
 
 
 def _norms(config: ModelConfig) -> list[str]:
@@ -52,7 +54,7 @@ def searching_bytes(config: ModelConfig, windows: int, length: int, platform: st
 
     The widest product in 32 bits a few times, attention's scores, logits of a part of the tokens, what is kept of the
     original's, and the residual streams before all layers, which one pass keeps. For four windows of 1024 tokens of
-    Mistral-Small this is 12.1 GiB; `benches/search_24b.py` measured 10.4 beside the weights (jax 0.11.2, H200).
+    Mistral-Small this is 12.2 GiB; `benches/search_24b.py` measured 10.4 beside the weights (jax 0.11.2, H200).
 
     Args:
         config: the model.
@@ -65,7 +67,8 @@ def searching_bytes(config: ModelConfig, windows: int, length: int, platform: st
     streams = 4 * (config.num_layers + 8) * tokens * config.hidden_size
     products = 4 * 6 * tokens * widest + 4 * 4 * windows * config.num_heads * length**2
     logits = 4 * 10 * min(tokens, head_tokens(platform)) * config.vocab_size
-    kept = 3 * min(4 * tokens * config.vocab_size, KEPT_BYTES)
+    known = 4 * tokens * config.vocab_size
+    kept = 3 * known if known <= KEPT_BYTES else 0
     return streams + max(products, logits) + kept + _CODE
 
 
@@ -138,7 +141,7 @@ class Room:
         """
         sizes = weight_sizes(config, device, precisions)
         head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
-        always = [(name, "bf16") for name in (head, *_norms(config)) if (name, "bf16") in sizes]
+        always: list[Key] = [(name, "bf16") for name in (head, *_norms(config))]
         whole: dict[str, int] = {}
         for key in sizes.keys() - set(always):
             part = key[0].rsplit(".", 1)[0] if key[0].startswith("layers.") else "/".join(key)
