@@ -26,7 +26,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
 from elastic_jax.norm import RMSNorm
-from elastic_jax.plan import Choice, stored_precision
+from elastic_jax.plan import PRECISIONS, Choice, Precision, stored_precision
 from elastic_jax.search.distances import Distances, Head, Reference, head_tokens
 from elastic_jax.search.held import Held, Key
 from elastic_jax.search.products import product
@@ -113,7 +113,8 @@ class Forward:
     def expect(self, layer: int, choices: Iterable[Choice]) -> None:
         """Says that a layer's groups come next, each by every one of `choices`: they may be read meanwhile."""
         if 0 <= layer < self.config.num_layers:
-            precisions = dict.fromkeys(map(stored_precision, choices))
+            wanted = {stored_precision(choice) for choice in choices}
+            precisions: list[Precision] = [each for each in PRECISIONS if each in wanted]
             keys: list[Key] = [(f"layers.{layer}.{kind}", each) for kind in KINDS for each in precisions]
             self._weights.expect(keys)
 

@@ -245,16 +245,16 @@ def test_the_commands_refuse_before_any_work(own, monkeypatch, tmp_path):
     for module in (room, sampled):
         monkeypatch.setattr(module, "available_memory", lambda _: 1000)
     found = searching(own)
-    assert found.exit_code != 0
-    assert "one layer of weights" in found.stderr
+    assert isinstance(found.exception, MemoryPlanError)
+    assert "one layer of weights" in str(found.exception)
     assert not (own / "search").exists()
     found = command("calibrate", own, tmp_path / "new")
-    assert "one layer of weights" in found.stderr
+    assert "one layer of weights" in str(found.exception)
     assert not (tmp_path / "new").exists()
 
 
 def test_text_that_the_model_cannot_write_is_asked_for(own, monkeypatch):
     monkeypatch.setattr(sampled, "available_memory", lambda _: 1000)
     found = command("search", own, "--target", "h100")
-    assert found.exit_code != 0
-    assert "--calibration FILE" in found.stderr
+    assert isinstance(found.exception, MemoryPlanError)
+    assert "--calibration FILE" in str(found.exception)
