@@ -11,8 +11,13 @@ both fit on 80 GB. `--tokens` random tokens in windows of 1024 run in parts of f
    w8a8, and three mixtures that a search could find; int8 weights are drawn beside the others.
 Random weights change no time; their KL means nothing, and is not reported.
 
+With `--budget-gib` both precisions are drawn in the host's memory instead (one layer, which stands for all), the device
+holds that much of them, and the rest is copied to it whenever it is needed, as by a search on a device that cannot hold
+both; copying from the host stands for reading files that are cached. Parts 1 and 2 only.
+
     python benches/search_24b.py --parts sensitivity fast --out benches/results/<device>/search_24b.json
     python benches/search_24b.py --parts latency --out benches/results/<device>/search_24b.json
+    python benches/search_24b.py --parts sensitivity fast --budget-gib 50 --out FILE
     python benches/search_24b.py --small --tokens 512 --window 64     # checks this script on a CPU
 """
 
@@ -36,12 +41,15 @@ from environment import environment
 from random_model import MISTRAL_SMALL, SMALL
 
 from elastic_jax.groups import LM_HEAD, model_groups
-from elastic_jax.plan import CHOICES, Plan
+from elastic_jax.plan import CHOICES, PRECISIONS, Plan
+from elastic_jax.quantization import QArray
 from elastic_jax.search.cost_steps import measure_step_costs
 from elastic_jax.search.forward import KINDS, ROLES, Forward
+from elastic_jax.search.held import AllHeld, PartlyHeld
 from elastic_jax.search.one_pass import METHOD, measure_fast
 from elastic_jax.search.parallel import Shards
 from elastic_jax.search.rivals import protect_down, uniform
+from elastic_jax.search.room import Room, float_type, weight_sizes
 from elastic_jax.search.scores import Scores
 from elastic_jax.search.sensitivity import measure
 from elastic_jax.search.timed_steps import RandomWeights, StepClock
@@ -64,9 +72,34 @@ def peak_gib(device: Any) -> float | None:
     return None if stats is None else stats["peak_bytes_in_use"] / 2**30
 
 
-def parts_of(config: Any, floats: Any, windows: np.ndarray, device: Any) -> Shards:
+def parts_of(config: Any, weights: Any, windows: np.ndarray, device: Any) -> Shards:
     split = np.array_split(windows, -(-len(windows) // PART))
-    return Shards([Forward(config, floats, None, own, device) for own in split])
+    return Shards([Forward(config, weights, own, device) for own in split])
+
+
+def held_in_part(config: Any, device: Any, budget: int) -> PartlyHeld:
+    """Random weights of which the device holds `budget` bytes at a time."""
+    beside = 2 * max(weight_sizes(config, device, PRECISIONS).values()) if device.platform == "cpu" else 0
+    room = Room.of(config, device, beside=0, available=budget + beside)
+    say(room.message() or f"{budget} bytes hold everything: nothing will be streamed")
+    rng, drawn = np.random.default_rng(0), {}
+    dtype = np.dtype(float_type(device)) if device.platform == "cpu" else jax.numpy.bfloat16
+    groups = model_groups(config)
+
+    def read(key: Any) -> Any:
+        name, precision = key
+        kind = (name.split(".")[-1], precision)
+        if kind not in drawn:
+            group = groups.get(name, groups[LM_HEAD])
+            values = rng.integers(-127, 128, (group.out_size, group.in_size), np.int8)
+            scales = np.full((group.out_size, 1), 0.02 / 37, np.float32)
+            drawn[kind] = (values, scales) if precision == "int8" else ((values * scales).astype(dtype),)
+        arrays = [jax.device_put(array, device).block_until_ready() for array in drawn[kind]]
+        return QArray(*arrays, "a16") if precision == "int8" else arrays[0]
+
+    norm = jax.device_put(np.ones(config.hidden_size, dtype), device)
+    always = {key: norm if key[0].endswith("norm") else read(key) for key in room.always}
+    return PartlyHeld(room.sizes, read, budget=budget, always=always, fixed=room.fixed, passing=room.passing)
 
 
 def timed_measure(forward: Any, only: set[str]) -> dict[str, float]:
@@ -80,20 +113,20 @@ def timed_measure(forward: Any, only: set[str]) -> dict[str, float]:
     return {name: after - at for (name, at), (_, after) in itertools.pairwise(begun)}
 
 
-def compile_units(forward: Forward) -> None:
-    """Every kind of group at every choice, several at once, by running them."""
+def compile_units(forward: Forward, threads: int) -> None:
+    """Every kind of group at every choice, by running them."""
     x = forward.embed()
-    with ThreadPoolExecutor(len(CHOICES)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for out in pool.map(lambda choice: forward.layer(x, 0, (choice,) * len(KINDS), "prompt"), CHOICES):
             jax.block_until_ready(out)
 
 
-def sensitivity(forward: Shards, layers: int) -> dict[str, Any]:
+def sensitivity(forward: Shards, layers: int, threads: int) -> dict[str, Any]:
     """Seconds of some groups, and of all by extrapolation."""
     near, far = layers - 1 - layers // 8, layers // 2
     only = {f"layers.{layer}.{kind}" for layer in (near, far) for kind in KINDS} | {LM_HEAD}
     start = time.perf_counter()
-    compile_units(forward.parts[0])
+    compile_units(forward.parts[0], threads)
     say(f"units of layers compiled in {time.perf_counter() - start:.0f} s")
     compiling = Shards(forward.parts[:1])
     timed_measure(compiling, {f"layers.{near}.{kind}" for kind in KINDS} | {LM_HEAD})
@@ -209,10 +242,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--budget-gib", type=float, help="weights on the device at a time, of both precisions drawn")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="steps compiled at once")
     parser.add_argument("--small", action="store_true", help="a small model, to check this script")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.budget_gib is not None and "latency" in arguments.parts:
+        parser.error("--budget-gib is for --parts sensitivity fast")
     from random_model import draw_units, jitted, random_weights
 
     from elastic_jax.executables import default_step_config
@@ -222,19 +258,25 @@ def main() -> None:
     step = default_step_config(config, device.platform, "bfloat16", kv_slots=4096, max_context=4096)
     xl = plans(config)["XL"]
     start = time.perf_counter()
-    floats = random_weights(config, xl, "bfloat16", jitted(draw_units(config, xl, "bfloat16"), device), seed=0)
+    floats: Any = None
+    if arguments.budget_gib is not None:
+        weights = held_in_part(config, device, int(arguments.budget_gib * 2**30))
+    else:
+        floats = random_weights(config, xl, "bfloat16", jitted(draw_units(config, xl, "bfloat16"), device), seed=0)
+        weights = AllHeld(floats, None)
     drawn = time.perf_counter() - start
     say(f"weights drawn in {drawn:.0f} s")
     windows = np.random.default_rng(0).integers(
         3, config.vocab_size, (arguments.tokens // arguments.window, arguments.window)
     )
-    forward = parts_of(config, floats, windows.astype(np.int32), device)
+    forward = parts_of(config, weights, windows.astype(np.int32), device)
     facts: dict[str, Any] = {
         "bench": "search_24b",
         "environment": environment(),
         "layers": config.num_layers,
         "tokens": windows.size,
         "window": arguments.window,
+        "budget_gib": arguments.budget_gib,
         "integer_dot": forward.dot_name,
         "attention": step.attention,
         "decode": step.decode,
@@ -243,11 +285,14 @@ def main() -> None:
     if arguments.out and arguments.out.exists():  # parts may be measured by several commands
         kept = json.loads(arguments.out.read_text())
         same = all(kept.get(key) == facts[key] for key in ("bench", "layers", "tokens", "window", "integer_dot"))
+        same = same and kept.get("budget_gib") == arguments.budget_gib
         facts = (kept if same else {}) | facts
     for part in arguments.parts:
         start = time.perf_counter()
         if part == "sensitivity":
-            facts[part] = sensitivity(forward, config.num_layers)
+            # Weights that come and go are for one thread.
+            threads = len(CHOICES) if arguments.budget_gib is None else 1
+            facts[part] = sensitivity(forward, config.num_layers, threads)
         elif part == "fast":
             facts[part] = fast(forward)
         else:

@@ -115,7 +115,8 @@ def search(
     from elastic_jax.search.measuring import PlanMeter
     from elastic_jax.search.one_pass import METHOD, measure_fast
     from elastic_jax.search.outcome import write_outcome
-    from elastic_jax.search.parallel import load
+    from elastic_jax.search.parallel import load, rooms
+    from elastic_jax.search.sampled import check_sampling
     from elastic_jax.search.scores import FAST_SCORES, SCORES, Scores, identify
     from elastic_jax.search.search import Search
     from elastic_jax.search.sensitivity import measure
@@ -129,10 +130,13 @@ def search(
     def say(message: str) -> None:
         note(message, as_json)
 
+    device, devices = default_device(), jax.local_devices()
+    rooms(opened.config, (max(windows, held_out), length), devices)  # before the work
+    if calibration is None:
+        check_sampling(opened, windows + held_out, length, device)
     known = _costs(opened, costs, (prompt_tokens, new_tokens, batch), target, as_json)
     (opened.path / COSTS).parent.mkdir(exist_ok=True)
     known.save(opened.path / COSTS)
-    device = default_device()
     text = get_text(
         opened,
         windows + held_out,
@@ -145,7 +149,10 @@ def search(
         say=say,
     )
     first, second = text.split(windows, held_out)
-    forward = load(opened, first.windows, jax.local_devices(), threads)
+    room = rooms(opened.config, (max(windows, held_out), length), devices)
+    for message in dict.fromkeys(filter(None, (each.message() for each in room))):
+        say(message)
+    forward = load(opened, first.windows, devices, threads, room)
     identity = identify(opened, first, forward.dot_name, method=f"{METHOD}, seed {seed}" if fast else None)
     file = opened.path / (FAST_SCORES if fast else SCORES)
     scores = Scores.resume(file, identity, say)

@@ -69,8 +69,9 @@ def calibrate(
     from elastic_jax.checkpoint import Checkpoint
     from elastic_jax.device import default_device
     from elastic_jax.search.calibrate import calibrate as run
-    from elastic_jax.search.calibrate import check_destination
+    from elastic_jax.search.calibrate import calibration_room, check_destination
     from elastic_jax.search.rounding import ROUNDINGS, Rounding
+    from elastic_jax.search.sampled import check_sampling
     from elastic_jax.search.strength import STRENGTHS
     from elastic_jax.search.texts import get_text
 
@@ -80,7 +81,9 @@ def calibrate(
         raise ConfigError(f"--rounding should be one of {', '.join(ROUNDINGS)}, found {rounding!r}")
     check_destination(destination)  # before the work
     opened, device, threads = Checkpoint.open(source), default_device(), workers or default_workers()
+    calibration_room(opened.config, (windows, length), device, rounding=way)  # before the work
     if calibration is None:
+        check_sampling(opened, windows, length, device)
         note(f"the model writes {windows} windows of {length} tokens", as_json)
     text = get_text(
         opened,
@@ -93,6 +96,9 @@ def calibrate(
         workers=threads,
         say=lambda message: note(message, as_json),
     )
+    room = calibration_room(opened.config, text.windows.shape, device, rounding=way)
+    if told := room.message():
+        note(told, as_json)
     made = run(
         opened,
         destination,
@@ -102,6 +108,7 @@ def calibrate(
         device=device,
         workers=threads,
         progress=Steps(as_json),
+        room=room,
     )
     values = {"path": str(destination), "summary": made.summary(), "groups": made.record}
     print_value(values, as_json, lambda: _calibrated(values))

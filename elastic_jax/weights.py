@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from elastic_jax.checkpoint import Checkpoint, Progress
+from elastic_jax.checkpoint_format import EMBEDDING, NORMS
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD, model_groups
 from elastic_jax.plan import Choice, Plan, stored_precision
@@ -92,15 +93,10 @@ def load_weights(
     folders = checkpoint.restore(checkpoint.folders(plan), device, workers, progress, stop)
 
     def floats(array: Any) -> Any:
-        if array.dtype == jnp.dtype(dtype):
-            return array
-        return jax.device_put(np.asarray(array).astype(dtype), device)
+        return as_floats(array, dtype, device)
 
-    weights: Weights = {"embedding": floats(folders["embedding", "bf16"]["values"])}
-    norms = {leaf: np.asarray(array) for leaf, array in folders["norms", "bf16"].items()}
-    for name, leaf, line in _norm_names(config):
-        norm = norms[leaf] if line is None else norms[leaf][line]
-        weights[name] = jax.device_put(norm.astype(dtype), device)
+    weights: Weights = {"embedding": floats(folders[EMBEDDING, "bf16"]["values"])}
+    weights |= norm_weights(config, folders[NORMS, "bf16"], dtype, device)
     for name in model_groups(config):
         choice = plan.choices[name]
         if stored_precision(choice) == "int8":
@@ -110,6 +106,22 @@ def load_weights(
             weights[name] = floats(folders[name, "bf16"]["values"])
     _check(weights, abstract_weights(config, plan, dtype))
     return weights
+
+
+def as_floats(array: Any, dtype: ComputeDtype, device: Any) -> Any:
+    """An unquantized weight as it is computed with: a stored array in another float type. Compiles nothing."""
+    if array.dtype == jnp.dtype(dtype):
+        return array
+    return jax.device_put(np.asarray(array).astype(dtype), device)
+
+
+def norm_weights(config: ModelConfig, stored: Mapping[str, Any], dtype: ComputeDtype, device: Any) -> Weights:
+    """Every norm's weight by name, of the leaves that the checkpoint stores them as."""
+    norms = {leaf: np.asarray(array) for leaf, array in stored.items()}
+    return {
+        name: jax.device_put((norms[leaf] if line is None else norms[leaf][line]).astype(dtype), device)
+        for name, leaf, line in _norm_names(config)
+    }
 
 
 def _check(weights: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

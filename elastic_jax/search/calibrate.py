@@ -29,9 +29,11 @@ from elastic_jax.checkpoint_format import (
     expected_folder,
 )
 from elastic_jax.checkpoint_io import new_folder, sync, write_arrays, write_json
+from elastic_jax.config import ModelConfig
 from elastic_jax.errors import CheckpointError
 from elastic_jax.plan import provisional_plans
 from elastic_jax.search.forward import KINDS, Forward
+from elastic_jax.search.room import Room, calibrating_bytes
 from elastic_jax.search.rounding import Rounding, round_with_compensation
 from elastic_jax.search.smoothing import fold
 from elastic_jax.search.strength import choose_strength
@@ -90,6 +92,18 @@ def check_destination(destination: Path) -> None:
         )
 
 
+def calibration_room(
+    config: ModelConfig, shape: tuple[int, int], device: Device, *, rounding: Rounding = "nearest"
+) -> Room:
+    """What fits on a device that calibrates with windows of a shape.
+
+    Raises:
+        MemoryPlanError: there is no room for one layer.
+    """
+    beside = calibrating_bytes(config, *shape, compensated=rounding != "nearest")
+    return Room.of(config, device, beside=beside, precisions=("bf16",), once=True)
+
+
 def calibrate(
     source: Checkpoint,
     destination: Path,
@@ -100,6 +114,7 @@ def calibrate(
     device: Device,
     workers: int,
     progress: Steps,
+    room: Room | None = None,
 ) -> Calibrated:
     """Smooths every group of every layer, and rounds the smoothed weights to int8.
 
@@ -114,13 +129,15 @@ def calibrate(
         device: where the model runs.
         workers: threads that read weights.
         progress: is told about layers.
+        room: what fits on the device (`calibration_room`); None holds all weights there.
 
     Raises:
         CheckpointError: the destination is taken, or the source lacks a precision.
     """
     check_destination(destination)
     config = source.config
-    forward = Forward.load(source, text.windows, device, workers)
+    source.folders(provisional_plans(config)["L"])  # raises if int8 is not stored: nothing here reads it
+    forward = Forward.load(source, text.windows, device, workers, room)
     count, length = text.windows.shape
     split = max(1, count * 2 // 3) * length
     record: dict[str, Any] = {}
@@ -144,6 +161,7 @@ def calibrate(
                     strengths,
                     forward.dot_name,
                 )
+                forward.used_by(x)
                 record[name] = found.to_json()
             groups = {
                 kind: np.asarray(_arrays(source, (f"layers.{layer}.{kind}", "bf16"), device, workers)["values"])

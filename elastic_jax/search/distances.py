@@ -17,11 +17,19 @@ from jaxtyping import Array, Float32, Int32
 from elastic_jax.norm import RMSNorm
 from elastic_jax.search.products import product
 
-_KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30
 """Log-probabilities of the original are kept up to this size, and computed again for each comparison beyond it."""
+
+_HEAD_TOKENS = {"cpu": 128, "gpu": 1024}
+"""Tokens whose logits exist at the same time: few fit a processor's cache, many are needed to fill a GPU."""
 
 _SERIES = 0.1
 """Below this, exp(z) - 1 - z is summed as a series, which does not cancel."""
+
+
+def head_tokens(platform: str) -> int:
+    """Tokens whose logits exist at the same time on a device of a platform."""
+    return _HEAD_TOKENS.get(platform, _HEAD_TOKENS["gpu"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Reference:
         target = np.full(windows.shape, -1, np.int32)
         target[:, :-1] = windows[:, 1:]
         self._target = jax.device_put(target.reshape(-1), device)
-        kept = stream.shape[0] * head.weight.shape[0] * 4 <= _KEPT_BYTES
+        kept = stream.shape[0] * head.weight.shape[0] * 4 <= KEPT_BYTES
         settings = (head.eps, head.integer_dot, head.tokens)
         self._known = _log_probabilities(stream, head.norm, head.weight, *settings) if kept else None
 

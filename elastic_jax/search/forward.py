@@ -9,7 +9,7 @@ mode has, would hide what a single group adds.
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,15 +21,17 @@ from aot_cache.target import Device
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.checkpoint_format import EMBEDDING
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
 from elastic_jax.norm import RMSNorm
-from elastic_jax.plan import Choice, provisional_plans, stored_precision
-from elastic_jax.quantization import QArray
-from elastic_jax.search.distances import Distances, Head, Reference
-from elastic_jax.search.products import Rounded, product
-from elastic_jax.weights import PROMPT_ACTIVATIONS, Weights, load_weights
+from elastic_jax.plan import PRECISIONS, Choice, Precision, stored_precision
+from elastic_jax.search.distances import Distances, Head, Reference, head_tokens
+from elastic_jax.search.held import Held, Key
+from elastic_jax.search.products import product
+from elastic_jax.search.room import Room, held_weights
+from elastic_jax.weights import PROMPT_ACTIVATIONS
 
 Role = Literal["prompt", "generated"]
 """Whose arithmetic all tokens of a window are computed in."""
@@ -43,17 +45,14 @@ HALVES = {"attention": ("attention_norm", KINDS[:2]), "mlp": ("mlp_norm", KINDS[
 """The halves of a layer -> the norm and the groups of each."""
 
 _PAGE = 64
-_HEAD_TOKENS = {"cpu": 128, "gpu": 1024}
-"""Tokens whose logits exist at the same time: few fit a processor's cache, many are needed to fill a GPU."""
 
 
 class Forward:
-    """A model with all its precisions on a device, and windows of text to run through it.
+    """A model with all its precisions, and windows of text to run through it on a device.
 
     Args:
         config: the model's.
-        floats: its weights for mode XL, of one float type.
-        integers: its groups as `QArray`s by name; None rounds the floats wherever int8 is used, as `convert` would.
+        weights: gives its weights, on the device.
         windows: int32 [windows, length], token ids; each window is a text of its own.
         device: where everything is, and runs.
     """
@@ -61,14 +60,13 @@ class Forward:
     def __init__(
         self,
         config: ModelConfig,
-        floats: Weights,
-        integers: Mapping[str, QArray] | None,
+        weights: Held,
         windows: Int32[np.ndarray, "windows length"],
         device: Device,
     ) -> None:
         self.config = config
         self.windows = windows
-        self._float, self._integer, self._device = floats, integers, device
+        self._weights, self._device = weights, device
         self.dot_name = kernels.default_names(config, device.platform, "float32")[1]
 
     @classmethod
@@ -78,24 +76,22 @@ class Forward:
         windows: Int32[np.ndarray, "windows length"],
         device: Device,
         workers: int,
+        room: Room | None = None,
     ) -> "Forward":
-        """All of a checkpoint's weights: floats as float32 on a CPU, which multiplies them faster, else as bfloat16.
+        """A checkpoint's weights: floats as float32 on a CPU, which multiplies them faster, else as bfloat16.
 
         Args:
-            checkpoint: must hold every group in bf16 and in int8.
+            checkpoint: must hold every group in bf16 and in int8, unless `room` is for bf16 alone.
             windows: int32 [windows, length].
             device: where everything runs.
             workers: threads that read weights.
+            room: what fits on the device; None holds everything there.
 
         Raises:
             CheckpointError: a precision is not stored, or is damaged.
+            MemoryPlanError: not even one layer fits.
         """
-        plans = provisional_plans(checkpoint.config)
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
-        floats = load_weights(checkpoint, plans["XL"], dtype, device, workers=workers, progress=None)
-        integers = load_weights(checkpoint, plans["L"], dtype, device, workers=workers, progress=None)
-        kept = {name: weight for name, weight in integers.items() if isinstance(weight, QArray)}
-        return cls(checkpoint.config, floats, kept, windows, device)
+        return cls(checkpoint.config, held_weights(checkpoint, device, workers, room), windows, device)
 
     def over(self, windows: Int32[np.ndarray, "windows length"]) -> "Forward":
         """The same model and device over other text; weights are shared."""
@@ -105,16 +101,26 @@ class Forward:
 
     def weight(self, group: str, choice: Choice) -> Any:
         """A group's weight as a choice reads it: a float matrix, a `QArray`, or a `Rounded`."""
-        matrix = self._float.get(group, self._float["embedding"])  # a tied head
-        if stored_precision(choice) == "bf16":
-            return matrix
-        if self._integer is None:
-            return Rounded(matrix, PROMPT_ACTIVATIONS[choice])
-        return dataclasses.replace(self._integer[group], prompt_activations=PROMPT_ACTIVATIONS[choice])
+        weight = self._weights.get(group, stored_precision(choice))
+        if choice == "bf16":
+            return weight
+        return dataclasses.replace(weight, prompt_activations=PROMPT_ACTIVATIONS[choice])
 
     def norm(self, name: str) -> Array:
         """A norm's weight by its name in `Weights`."""
-        return self._float[name]
+        return self._weights.get(name, "bf16")
+
+    def expect(self, layer: int, choices: Iterable[Choice]) -> None:
+        """Says that a layer's groups come next, each by every one of `choices`: they may be read meanwhile."""
+        if 0 <= layer < self.config.num_layers:
+            wanted = {stored_precision(choice) for choice in choices}
+            precisions: list[Precision] = [each for each in PRECISIONS if each in wanted]
+            keys: list[Key] = [(f"layers.{layer}.{kind}", each) for kind in KINDS for each in precisions]
+            self._weights.expect(keys)
+
+    def used_by(self, result: Array) -> None:
+        """Says that what makes `result` is the last to use the weights that were asked for: they may go after it."""
+        self._weights.used_by(result)
 
     def half_weights(self, half: str, layer: int) -> dict[str, Any]:
         """The norm and the float matrices of half a layer, by name and kind."""
@@ -129,7 +135,9 @@ class Forward:
 
     def embed(self) -> Float32[Array, "tokens hidden"]:
         """The residual stream before the first layer."""
-        return _embed(self._float["embedding"], jax.device_put(self.windows.reshape(-1), self._device))
+        x = _embed(self._weights.get(EMBEDDING, "bf16"), jax.device_put(self.windows.reshape(-1), self._device))
+        self.used_by(x)
+        return x
 
     def layer(
         self, x: Float32[Array, "tokens hidden"], layer: int, choices: Sequence[Choice], role: Role
@@ -142,6 +150,7 @@ class Forward:
     ) -> tuple[Float32[Array, "tokens hidden"], dict[str, Float32[Array, "tokens in"]]]:
         """The residual stream after one layer of the original model, and the input of each of its groups by kind."""
         out, captured = self._run(x, layer, ("bf16",) * 4, "prompt", capture=True)
+        self.expect(layer + 1, ("bf16",))
         return out, dict(zip(KINDS, captured, strict=True))
 
     def _run(
@@ -154,8 +163,17 @@ class Forward:
         for kind, choice in zip(KINDS, choices, strict=True):
             # To a generated token all int8 choices are one, and it is what prompt tokens have in `w8a16`.
             same: Choice = "w8a16" if role == "generated" and choice != "bf16" else choice
-            weight = self.weight(f"layers.{layer}.{kind}", same)
-            out, read = _piece(x, given, norms.get(kind), weight, kind, *settings, capture=capture)
+            # No variable keeps the weight: it may have to go before the next one comes.
+            out, read = _piece(
+                x,
+                given,
+                norms.get(kind),
+                self.weight(f"layers.{layer}.{kind}", same),
+                kind,
+                *settings,
+                capture=capture,
+            )
+            self.used_by(out)
             x, given = (out, None) if given is not None else (x, out)
             captured += read
         return x, captured
@@ -171,8 +189,13 @@ class Forward:
     def run_layer(
         self, x: Float32[Array, "tokens hidden"], layer: int, plan: Mapping[str, Choice], role: Role
     ) -> Float32[Array, "tokens hidden"]:
-        """The residual stream after one layer of a plan."""
-        return self.layer(x, layer, layer_choices(plan, layer), role)
+        """The residual stream after one layer of a plan, whose next one is expected to follow."""
+        x = self.layer(x, layer, layer_choices(plan, layer), role)
+        if layer + 1 < self.config.num_layers:
+            names = [f"layers.{layer + 1}.{kind}" for kind in KINDS]
+            keys: list[Key] = [(name, stored_precision(plan[name])) for name in names]
+            self._weights.expect(keys)
+        return x
 
     def reference(self, stream: Float32[Array, "tokens hidden"]) -> Reference:
         """The original model's distributions, from its residual stream after the last layer."""
@@ -181,7 +204,7 @@ class Forward:
     @property
     def head(self) -> Head:
         """What makes logits of the original model."""
-        tokens = _HEAD_TOKENS.get(self._device.platform, _HEAD_TOKENS["gpu"])
+        tokens = head_tokens(self._device.platform)
         return Head(
             self.norm("final_norm"), self.weight(LM_HEAD, "bf16"), self.config.rms_norm_eps, self.dot_name, tokens
         )
@@ -194,7 +217,9 @@ class Forward:
             candidates: float32 [tokens, hidden] each.
             head: the candidates' choice for the language-model head.
         """
-        return reference.compare(candidates, self.weight(LM_HEAD, head))
+        found = reference.compare(candidates, self.weight(LM_HEAD, head))
+        self.used_by(found[0])
+        return found
 
     def gather(self, reference: Reference, found: Any) -> Distances:
         """What `compare` began."""

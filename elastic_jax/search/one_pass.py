@@ -64,6 +64,8 @@ def measure_fast(forward: Forwards, scores: Scores, *, seed: int, progress: Step
         for layer in reversed(range(config.num_layers)):
             progress(done + 2 * config.num_layers - layer - 1, total, f"layer {layer}, backward")
             gradient, found = layer_scores(part, streams.pop(), layer, gradient)
+            part.used_by(gradient)
+            part.expect(layer - 1, ("bf16", "w8a16"))
             for name, by_choice in found.items():
                 sums[name].append(by_choice)
         tokens += part.windows.size

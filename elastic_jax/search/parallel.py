@@ -12,9 +12,11 @@ from jaxtyping import Int32
 
 from aot_cache.target import Device
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.config import ModelConfig
 from elastic_jax.plan import Choice
 from elastic_jax.search.distances import Distances
 from elastic_jax.search.forward import Forward, Role
+from elastic_jax.search.room import Room, searching_bytes
 
 type Stream = Any
 """One residual stream, or a tuple of one a part."""
@@ -79,18 +81,46 @@ type Forwards = Forward | Shards
 """Whatever runs windows through a model."""
 
 
+def rooms(config: ModelConfig, shape: tuple[int, int], devices: Sequence[Device]) -> list[Room]:
+    """What fits on each of the devices that windows are spread over.
+
+    Args:
+        config: the model.
+        shape: the most windows that run, and tokens of each.
+        devices: as for `load`.
+
+    Raises:
+        MemoryPlanError: a device has no room for one layer.
+    """
+    used = list(devices)[: shape[0]]
+    beside = searching_bytes(config, -(-shape[0] // len(used)), shape[1], used[0].platform)
+    sharing = len(used) if used[0].platform == "cpu" else 1
+    return [Room.of(config, device, beside=beside, sharing=sharing) for device in used]
+
+
 def load(
     checkpoint: Checkpoint,
     windows: Int32[np.ndarray, "windows length"],
     devices: Sequence[Device],
     workers: int,
+    room: Sequence[Room] | None = None,
 ) -> Forwards:
     """A model on every device that gets a window, each with about as many windows as the others.
+
+    Args:
+        checkpoint: must hold every group in bf16 and in int8.
+        windows: int32 [windows, length].
+        devices: where they run.
+        workers: threads that read weights.
+        room: what fits on each device (`rooms`); None holds everything on each.
 
     Raises:
         CheckpointError: a precision is not stored, or is damaged.
     """
-    if len(devices) == 1:
-        return Forward.load(checkpoint, windows, devices[0], workers)
+    each = [None] * len(devices) if room is None else room
     split = np.array_split(windows, min(len(devices), len(windows)))
-    return Shards([Forward.load(checkpoint, own, device, workers) for own, device in zip(split, devices, strict=False)])
+    parts = [
+        Forward.load(checkpoint, own, device, workers, its)
+        for own, device, its in zip(split, devices, each, strict=False)
+    ]
+    return parts[0] if len(devices) == 1 else Shards(parts)

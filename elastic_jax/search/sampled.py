@@ -18,7 +18,8 @@ from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.config import ModelConfig
-from elastic_jax.errors import TokenizerError
+from elastic_jax.errors import MemoryPlanError, TokenizerError
+from elastic_jax.memory import available_memory, gib
 from elastic_jax.model import Mistral
 from elastic_jax.plan import provisional_plans
 from elastic_jax.search.prompts import PROMPTS
@@ -64,6 +65,31 @@ def sample(
     for position in range(length - 1):
         tokens, kv = _next(weights, tokens, kv, lengths, jnp.int32(position), key, config, names)
     return np.asarray(tokens)
+
+
+def check_sampling(checkpoint: Checkpoint, count: int, length: int, device: Device) -> None:
+    """Refuses to sample where the original model does not fit on a device as a whole.
+
+    Args:
+        checkpoint: the model.
+        count: windows wanted.
+        length: tokens a window.
+        device: where it would run.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+        CheckpointError: the bf16 weights are not stored.
+    """
+    config, available = checkpoint.config, available_memory(device)
+    slots = count * -(-length // _PAGE) * _PAGE
+    weights = checkpoint.weight_bytes(provisional_plans(config)["XL"])
+    cache = 2 * 2 * slots * config.num_kv_heads * config.head_dim * config.num_layers
+    if available is not None and weights + cache > available:
+        raise MemoryPlanError(
+            f"{device.device_kind}: {gib(available)} are free, and the original model, which writes the text unless "
+            f"there is other, needs {gib(weights)} for weights and {gib(cache)} for {count} windows. Give text with "
+            "--calibration FILE"
+        )
 
 
 def _start(config: ModelConfig, tokenizer: Tokenizer, number: int, length: int) -> Sequence[int]:

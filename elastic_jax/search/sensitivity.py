@@ -91,7 +91,11 @@ def measure(
                     found = forward.compare(reference, [x], choices[0])
                 else:
                     plans: list[dict[str, Choice]] = [{**base, group: choice} for choice in choices]
-                    outs = [forward.run(x, layer, plan, role) for plan in plans]
+                    outs = [x] * len(plans)
+                    for after in range(layer, layers):  # together: a weight that is read for one serves all
+                        outs = [
+                            forward.run_layer(out, after, plan, role) for out, plan in zip(outs, plans, strict=True)
+                        ]
                     found = forward.compare(reference, outs, base[LM_HEAD])
                 distances = forward.gather(reference, found)
                 for number, choice in enumerate(choices):

@@ -10,6 +10,7 @@ from elastic_jax.model import SelfAttention, rotation
 from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import CHOICES
 from elastic_jax.search.forward import HALVES, KINDS, Forward, run_half
+from elastic_jax.search.held import AllHeld
 from elastic_jax.search.parallel import Shards, load
 from elastic_jax.search.products import Rounded, product
 
@@ -108,7 +109,7 @@ def test_several_devices_measure_what_one_does(forward, checkpoint_of):
 
 
 def test_weights_are_rounded_where_they_are_used_if_only_floats_are_there(forward):
-    alone = Forward(forward.config, forward._float, None, forward.windows, DEVICE)
+    alone = Forward(forward.config, AllHeld(forward._weights._floats, None), forward.windows, DEVICE)
     x = forward.embed()
     exact, stored, rounded = (
         np.asarray(each.layer(x, 0, (choice,) * 4, "prompt"))
