@@ -26,6 +26,8 @@ _PLUGINS = {"jax-cuda13-plugin": "cuda13", "jax-cuda12-plugin": "cuda12"}
 _LEAST_DRIVER = {"cuda13": 580, "cuda12": 525}
 """Major versions of NVIDIA's driver (CUDA release notes, table of minor version compatibility)."""
 
+_NO_GPU = "install NVIDIA's driver if there is a GPU; if there is none, JAX_PLATFORMS=cpu asks for the CPU"
+
 _LITTLE_DISK = 2 << 30
 
 
@@ -112,6 +114,8 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
     installed = {name: version for name in _PLUGINS if (version := _version(name))}
     if not installed:
         if driver is None:
+            if plugin_log.failures():
+                return [Finding("plugin", "note", f"no GPU is seen{_failures()}", _NO_GPU)]
             return [Finding("plugin", "ok", "none: JAX runs on the CPU")]
         extra = "cuda13" if _major(driver[1]) >= _LEAST_DRIVER["cuda13"] else "cuda12"
         found = f"none, though there is a GPU ({driver[0]}): JAX runs on the CPU"
@@ -123,11 +127,7 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
             mend = f"pip install 'jax[{extra}]=={_version('jax')}'"
             findings.append(Finding("plugin", "wrong", f"{found} with jaxlib {_version('jaxlib')}", mend))
         elif driver is None:
-            why = "".join(f"; {failure}" for failure in plugin_log.failures())
-            mend = (
-                "with a GPU: install NVIDIA's driver; without: JAX runs on the CPU, and JAX_PLATFORMS=cpu asks for it"
-            )
-            findings.append(Finding("plugin", "note", f"{found}, but no GPU is seen{why}", mend))
+            findings.append(Finding("plugin", "note", f"{found}, but no GPU is seen{_failures()}", _NO_GPU))
         elif _major(driver[1]) < (least := _LEAST_DRIVER[extra]):
             mend = f"install NVIDIA driver {least} or later" + (
                 ", or: pip uninstall -y jax-cuda13-plugin jax-cuda13-pjrt && pip install 'elastic-jax[cuda12]'"
@@ -138,6 +138,10 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
         else:
             findings.append(Finding("plugin", "ok", found))
     return findings
+
+
+def _failures() -> str:
+    return "".join(f"; {failure}" for failure in plugin_log.failures())
 
 
 def _major(version: str) -> int:
@@ -160,8 +164,7 @@ def _device(driver: tuple[str, str] | None) -> tuple[bool, Finding]:
     if driver is not None and plugin and device.platform == "cpu":
         chosen = os.environ.get("JAX_PLATFORMS")
         mend = "unset JAX_PLATFORMS" if chosen else "JAX_PLATFORMS=cuda python -c 'import jax; jax.devices()' says why"
-        why = "".join(f"; {failure}" for failure in plugin_log.failures())
-        return True, Finding("device", "wrong", f"{found}, though there is a GPU: {driver[0]}{why}", mend)
+        return True, Finding("device", "wrong", f"{found}, though there is a GPU: {driver[0]}{_failures()}", mend)
     return True, Finding("device", "ok", found)
 
 

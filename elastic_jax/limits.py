@@ -57,8 +57,8 @@ class Limits:
         check_count("choices", request.choices, 1)
         if request.choices > MOST_CHOICES:
             raise RequestError(
-                f"{request.choices} answers to one prompt were asked for, and at most {MOST_CHOICES} are queued at once "
-                f"({self.step.rows} run together): ask several times"
+                f"{request.choices} answers to one prompt were asked for, and at most {MOST_CHOICES} are queued at "
+                f"once ({self.step.rows} run together): ask several times"
             )
         prompt, new = len(request.prompt), request.max_new_tokens
         self._check_length(prompt + new, f"{prompt} prompt tokens and {new} new ones")

@@ -162,6 +162,11 @@ class Runner:
 
 
 def _start_reading(*arrays: jax.Array) -> None:
-    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise."""
+    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise.
+
+    A CPU's are on the host. To ask for a copy all the same gains nothing, and a process that ends in its middle, by a
+    closed pipe or a stream that is left, is aborted (jax 0.11.2).
+    """
     for array in arrays:
-        array.copy_to_host_async()
+        if array.device.platform != "cpu":
+            array.copy_to_host_async()

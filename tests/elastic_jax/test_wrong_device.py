@@ -1,4 +1,4 @@
-"""Devices that are not there: every command ends with one message. JAX chooses its platform once, so each in a process."""
+"""Devices that are not there: every command ends with one message, each in a process, since JAX chooses once in one."""
 
 import os
 import subprocess
@@ -152,5 +152,5 @@ def test_from_python_it_is_one_exception(
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_device_is_one_of_jax(checkpoint: str) -> None:
-    with pytest.raises(ConfigError, match="device must be one of JAX's, .* found 'cuda:3'"):
+    with pytest.raises(ConfigError, match=r"device must be one of JAX's, .* found 'cuda:3'"):
         ElasticMistral.load(checkpoint, "XL", device="cuda:3")  # pyright: ignore[reportArgumentType]

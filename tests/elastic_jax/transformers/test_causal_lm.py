@@ -270,7 +270,7 @@ def test_logits_that_the_host_cannot_hold_are_refused(
     monkeypatch.setattr(memory, "_available_host_memory", lambda: needed - 1)
     with pytest.raises(RequestError, match=r"logits \[50, 4, 320\] take .* free: pass fewer or shorter prompts"):
         model(batch)
-    with pytest.raises(RequestError, match="50 answers of up to 4 tokens over 320 take .* leave output_scores"):
+    with pytest.raises(RequestError, match=r"50 answers of up to 4 tokens over 320 take .* leave output_scores"):
         model.generate(batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
     assert model.generate(batch, max_new_tokens=4).shape == (50, 8)  # more than run together: the rest waits
 
