@@ -30,6 +30,7 @@ from elastic_jax.checkpoint_format import (
     expected_folder,
 )
 from elastic_jax.checkpoint_io import PARTIAL, describe_folder, new_folder, sync, write_arrays, write_json
+from elastic_jax.device import check_platform
 from elastic_jax.errors import CheckpointError, ConversionError
 from elastic_jax.plan import Precision, provisional_plans
 
@@ -72,7 +73,7 @@ def convert(
 
     Raises:
         ConversionError: the source cannot be converted, or the destination is not fit for it.
-        ConfigError: the model is not implemented.
+        ConfigError: the model is not implemented, or JAX cannot use the platform that it was told to use.
         CheckpointError: the destination holds a damaged checkpoint, and `overwrite` is false.
     """
     destination = Path(destination).absolute()
@@ -80,6 +81,7 @@ def convert(
     location = locate(source, revision=revision, token=token)
     if (destination / MANIFEST).is_file() and not overwrite:
         return _existing(destination, location, only)
+    check_platform()  # Orbax asks JAX for its devices, in the middle of writing
     opened = location.open()
     units = list(conversion_units(opened.config, only))
     fingerprint = opened.fingerprint()

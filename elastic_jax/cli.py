@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from elastic_jax import cli_plan
+from elastic_jax import cli_plan, plugin_log
 from elastic_jax.cli_batch import batch
 from elastic_jax.cli_bench import bench
 from elastic_jax.cli_cache import cache_app
@@ -356,6 +356,7 @@ def demo(
 
 def _run(command: Callable[[], Any]) -> None:
     """Runs a command; an expected error becomes one message and status 1."""
+    plugin_log.keep(lambda message: note(message, quiet=False))
     try:
         command()
     except ElasticError as error:

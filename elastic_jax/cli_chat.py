@@ -1,14 +1,11 @@
 """The `chat` command: a conversation in the terminal, or one that is read from standard input."""
 
-import contextlib
 import gc
 import json
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -224,7 +221,7 @@ class _Session:
 
     def _answer(self, text: str) -> None:
         turn: Turn | None = None
-        with _interruptible() as stopped:
+        with interruptible() as stopped:
             for piece in self._conversation.ask(self._loaded, text, stopped):
                 if not isinstance(piece, str):
                     turn = piece
@@ -238,23 +235,3 @@ class _Session:
             return
         typer.echo()
         note(str(turn), quiet=False)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed meanwhile, which then ends nothing by itself.
-
-    An exception in the middle of a step would leave the engine without the state that the step took over.
-    """
-    pressed = False
-
-    def press(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        del number, frame
-        pressed = True
-
-    previous: Any = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)

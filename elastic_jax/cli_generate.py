@@ -31,6 +31,7 @@ from elastic_jax.cli_options import (
     note,
 )
 from elastic_jax.errors import RequestError
+from elastic_jax.interrupts import interruptible
 
 
 def generate(
@@ -102,11 +103,17 @@ def generate(
         stream=True,
     )
     first = finished = None
-    for piece in pieces:
-        first = first or time.perf_counter()
-        finished = piece.generation or finished
-        if not as_json:
-            typer.echo(piece.text, nl=False)
+    with interruptible() as stopped:
+        for piece in pieces:
+            first = first or time.perf_counter()
+            finished = piece.generation or finished
+            if not as_json:
+                typer.echo(piece.text, nl=False)
+            if stopped():
+                if not as_json:
+                    typer.echo()
+                note("interrupted", as_json)
+                raise typer.Exit(130)
     end = time.perf_counter()
     if finished is None or first is None:
         raise RequestError("the answer ended without a token")

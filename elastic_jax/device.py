@@ -4,6 +4,7 @@ import jax
 
 from aot_cache.identity import CompilerOptions
 from aot_cache.target import Device
+from elastic_jax import plugin_log
 from elastic_jax.errors import ConfigError
 
 
@@ -13,15 +14,43 @@ def default_device() -> Device:
     Raises:
         ConfigError: JAX cannot use the platform that it was told to use.
     """
+    device = _first()
+    if device.platform == "cpu":
+        plugin_log.tell()
+    return device
+
+
+def check_platform() -> None:
+    """Asks JAX for its devices, for work that runs on none of them and uses a library that asks too.
+
+    Raises:
+        ConfigError: JAX cannot use the platform that it was told to use.
+    """
+    _first()
+
+
+def _first() -> Device:
     try:
         return jax.devices()[0]
     except RuntimeError as error:
-        raise ConfigError(f"JAX finds no device: {error}") from None
+        raise _no_device(str(error)) from None
     except AssertionError:  # JAX's answer where it knows the platform and lacks its plugin or its device (0.11.2)
-        raise ConfigError(
-            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms!r}: install what it needs (for NVIDIA "
-            "GPUs the extra cuda13 or cuda12, and a driver), or unset JAX_PLATFORMS"
-        ) from None
+        raise _no_device("") from None
+
+
+def _no_device(found: str) -> ConfigError:
+    """Which platform JAX was told to use, what it found in its own words, and what to do."""
+    # JAX's own advice names another way to say the same.
+    found = " ".join(found.partition("(set JAX_PLATFORMS=")[0].split()).rstrip(".")
+    reasons = "; ".join(filter(None, (found, *plugin_log.failures())))
+    chosen = jax.config.jax_platforms
+    return ConfigError(
+        "JAX finds no device"
+        + (f" of JAX_PLATFORMS={chosen!r}" if chosen else "")
+        + (f" ({reasons})" if reasons else "")
+        + ": install what it needs (for NVIDIA GPUs the extra cuda13 or cuda12, and a driver)"
+        + (", or unset JAX_PLATFORMS" if chosen else "; `elastic-jax doctor` looks for the cause")
+    )
 
 
 def device_to_compile_for(target: str | None) -> tuple[Device, CompilerOptions]:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from elastic_jax import plugin_log
 from elastic_jax.demo_model import CACHE_VARIABLE, default_cache
 from elastic_jax.errors import ElasticError
 
@@ -24,6 +25,8 @@ _PACKAGES = ("elastic-jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "transf
 _PLUGINS = {"jax-cuda13-plugin": "cuda13", "jax-cuda12-plugin": "cuda12"}
 _LEAST_DRIVER = {"cuda13": 580, "cuda12": 525}
 """Major versions of NVIDIA's driver (CUDA release notes, table of minor version compatibility)."""
+
+_NO_GPU = "install NVIDIA's driver if there is a GPU; if there is none, JAX_PLATFORMS=cpu asks for the CPU"
 
 _LITTLE_DISK = 2 << 30
 
@@ -52,8 +55,8 @@ def examine(checkpoint: Path | None) -> list[Finding]:
         checkpoint: an Elastic checkpoint whose modes are looked at too.
     """
     driver = _nvidia_driver()
+    works, device = _device(driver)  # first: whether plugins start is known when JAX has looked for devices
     findings = [_python(), *_packages(), _driver(driver), *_plugins(driver)]
-    works, device = _device(driver)
     findings += [device, _disk("cache", default_cache(), CACHE_VARIABLE), _hub()]
     if works:
         findings += [_memory(), _kernels()]
@@ -111,6 +114,8 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
     installed = {name: version for name in _PLUGINS if (version := _version(name))}
     if not installed:
         if driver is None:
+            if plugin_log.failures():
+                return [Finding("plugin", "note", f"no GPU is seen{_failures()}", _NO_GPU)]
             return [Finding("plugin", "ok", "none: JAX runs on the CPU")]
         extra = "cuda13" if _major(driver[1]) >= _LEAST_DRIVER["cuda13"] else "cuda12"
         found = f"none, though there is a GPU ({driver[0]}): JAX runs on the CPU"
@@ -122,7 +127,7 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
             mend = f"pip install 'jax[{extra}]=={_version('jax')}'"
             findings.append(Finding("plugin", "wrong", f"{found} with jaxlib {_version('jaxlib')}", mend))
         elif driver is None:
-            findings.append(Finding("plugin", "note", f"{found}, but no GPU is seen"))
+            findings.append(Finding("plugin", "note", f"{found}, but no GPU is seen{_failures()}", _NO_GPU))
         elif _major(driver[1]) < (least := _LEAST_DRIVER[extra]):
             mend = f"install NVIDIA driver {least} or later" + (
                 ", or: pip uninstall -y jax-cuda13-plugin jax-cuda13-pjrt && pip install 'elastic-jax[cuda12]'"
@@ -135,6 +140,10 @@ def _plugins(driver: tuple[str, str] | None) -> list[Finding]:
     return findings
 
 
+def _failures() -> str:
+    return "".join(f"; {failure}" for failure in plugin_log.failures())
+
+
 def _major(version: str) -> int:
     digits = version.partition(".")[0]
     return int(digits) if digits.isdecimal() else 0
@@ -145,7 +154,8 @@ def _device(driver: tuple[str, str] | None) -> tuple[bool, Finding]:
     try:
         device = importlib.import_module("elastic_jax.device").default_device()
     except ElasticError as error:
-        return False, Finding("device", "wrong", str(error), "unset JAX_PLATFORMS")
+        chosen = os.environ.get("JAX_PLATFORMS")
+        return False, Finding("device", "wrong", str(error), "unset JAX_PLATFORMS" if chosen else None)
     except Exception as error:  # whatever an installation that is not whole raises
         reinstall = "pip install --force-reinstall elastic-jax"
         return False, Finding("device", "wrong", f"JAX cannot be imported: {type(error).__name__}: {error}", reinstall)
@@ -154,7 +164,7 @@ def _device(driver: tuple[str, str] | None) -> tuple[bool, Finding]:
     if driver is not None and plugin and device.platform == "cpu":
         chosen = os.environ.get("JAX_PLATFORMS")
         mend = "unset JAX_PLATFORMS" if chosen else "JAX_PLATFORMS=cuda python -c 'import jax; jax.devices()' says why"
-        return True, Finding("device", "wrong", f"{found}, though there is a GPU: {driver[0]}", mend)
+        return True, Finding("device", "wrong", f"{found}, though there is a GPU: {driver[0]}{_failures()}", mend)
     return True, Finding("device", "ok", found)
 
 

@@ -130,6 +130,8 @@ class ElasticMistral:
             raise ConfigError(f'dtype must be "bfloat16" or "float32", found {dtype!r}')
         if kv not in ("full", "int8"):
             raise ConfigError(f'kv must be "full" or "int8", found {kv!r}')
+        if device is not None and not hasattr(device, "platform"):
+            raise ConfigError(f'device must be one of JAX\'s, such as jax.devices("gpu")[0], found {device!r:.80}')
         phases = Phases()
         with phases.measure("device"):
             device = device if device is not None else default_device()

@@ -7,6 +7,10 @@ from elastic_jax.errors import RequestError
 from elastic_jax.requests import GenerateRequest, ScoreRequest
 from elastic_jax.step import StepConfig
 
+MOST_CHOICES = 4096
+"""Answers to one prompt. All of a request's answers are queued at once, each with its text and its end in host memory,
+however few rows there are; a list of prompts is as long as its caller has made it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -51,6 +55,11 @@ class Limits:
         self._check_prompt(request.prompt)
         check_count("max_new_tokens", request.max_new_tokens, 1)
         check_count("choices", request.choices, 1)
+        if request.choices > MOST_CHOICES:
+            raise RequestError(
+                f"{request.choices} answers to one prompt were asked for, and at most {MOST_CHOICES} are queued at "
+                f"once ({self.step.rows} run together): ask several times"
+            )
         prompt, new = len(request.prompt), request.max_new_tokens
         self._check_length(prompt + new, f"{prompt} prompt tokens and {new} new ones")
         bias = request.sampling.logit_bias

@@ -12,7 +12,7 @@ from aot_cache.manifest import Memory
 from aot_cache.target import Device, memory_bytes
 from elastic_jax import step as steps
 from elastic_jax.config import ModelConfig
-from elastic_jax.errors import MemoryPlanError
+from elastic_jax.errors import MemoryPlanError, RequestError
 from elastic_jax.step import StepConfig
 from elastic_jax.weights import Weights, weight_bytes
 
@@ -126,6 +126,22 @@ def _available_in_group(group: Path) -> int:
     statistics = {name: int(count) for name, count in (line.split() for line in lines)}
     used = int((group / "memory.current").read_text()) - statistics["inactive_file"] - statistics["active_file"]
     return int((group / "memory.max").read_text()) - used
+
+
+def check_host_memory(size: int, what: str, advice: str) -> None:
+    """Refuses results that the host cannot hold, before anything runs: the system would end the process half-way.
+
+    Args:
+        size: bytes.
+        what: the results.
+        advice: how to ask for less.
+
+    Raises:
+        RequestError: less is free.
+    """
+    available = _available_host_memory()
+    if available is not None and size > available:
+        raise RequestError(f"{what} take {gib(size)}, and this machine has {gib(available)} free: {advice}")
 
 
 def check_memory(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int32, UInt32
 
+from aot_cache.target import Device
 from elastic_jax import step as steps
 from elastic_jax.config import ModelConfig
 from elastic_jax.requests import SamplingParams
@@ -132,7 +133,7 @@ class Runner:
         split = self._caches + len(self._rows)
         self._kv, self._rows = out[: self._caches], out[self._caches : split]
         found = StepOutputs(*out[split:])
-        _start_reading(found.token, found.log_probability, found.finite)
+        _start_reading(self.device, found.token, found.log_probability, found.finite)
         if not top:
             return found
         tokens, values = self._units[top_name(found.logits.shape[0])](found.logits)
@@ -144,7 +145,7 @@ class Runner:
         out = unit(*self._weights, *self._kv, *self._leaves(inputs), target, np.int32(top))
         self._kv = out[: self._caches]
         found = ScoreOutputs(*out[self._caches :])
-        _start_reading(found.log_probability, found.argmax, found.finite)
+        _start_reading(self.device, found.log_probability, found.argmax, found.finite)
         return found
 
     def _leaves(self, inputs: StepInputs) -> list[Any]:
@@ -161,7 +162,12 @@ class Runner:
         self._kv = self._units["copy_page"](*self._kv, np.int32(source), np.int32(destination))
 
 
-def _start_reading(*arrays: jax.Array) -> None:
-    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise."""
-    for array in arrays:
-        array.copy_to_host_async()
+def _start_reading(device: Device, *arrays: jax.Array) -> None:
+    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise.
+
+    A CPU's are on the host. To ask for a copy all the same gains nothing, and a process that ends in its middle, by a
+    closed pipe or a stream that is left, is aborted (jax 0.11.2).
+    """
+    if device.platform != "cpu":
+        for array in arrays:
+            array.copy_to_host_async()

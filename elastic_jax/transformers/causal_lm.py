@@ -1,6 +1,7 @@
 """`AutoModelForCausalLM` and the model it gives: transformers' way to load and to generate, on one Elastic mode."""
 
 import functools
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import ConfigError, RequestError
+from elastic_jax.kv_cache import KvPrecision
+from elastic_jax.memory import check_host_memory
 from elastic_jax.transformers import generating, placement, settings
 from elastic_jax.transformers.arrays import like, to_numpy
 from elastic_jax.transformers.configuration import generation_config, model_config
@@ -57,7 +60,7 @@ class ElasticForCausalLM:
         cls,
         name: str | Path,
         *,
-        mode: str = "S",
+        mode: str | float = "S",
         token: str | bool | None = None,
         revision: str | None = None,
         dtype: Any = None,
@@ -65,6 +68,7 @@ class ElasticForCausalLM:
         attn_implementation: str | None = None,
         device_map: Any = None,
         compile: Compile = "once",
+        kv: KvPrecision = "full",
         max_context: int | None = None,
         kv_slots: int | None = None,
         trust: bool = False,
@@ -76,7 +80,8 @@ class ElasticForCausalLM:
         Args:
             name: an Elastic checkpoint; or a Hugging Face folder, a GGUF file or a Hub id, converted once into the
                 cache (`ELASTIC_JAX_CACHE`, by default ~/.cache/elastic-jax).
-            mode: of the checkpoint: XL is the original model, S the fastest.
+            mode: of the checkpoint: XL is the original model, S the fastest; after a search also a number or a request
+                such as "max-loss=1%" (see `ElasticMistral.load`).
             token: of the Hub, for private repositories.
             revision: branch, tag or commit of a Hub id.
             dtype: compute type: bfloat16 (also for None and "auto"), or float32 for checks.
@@ -85,6 +90,7 @@ class ElasticForCausalLM:
                 that runs is the one compiled (`model.elastic.info()["attention"]`).
             device_map: "auto", "cpu", "cuda", "cuda:0", a number, or `{"": one of these}`.
             compile: "never" refuses to convert or to compile.
+            kv: precision of the KV cache: "full", the compute type, or "int8", which takes half as much memory.
             max_context: longest context in tokens.
             kv_slots: tokens of the KV pool.
             trust: load executables that somebody else may have written.
@@ -114,6 +120,7 @@ class ElasticForCausalLM:
             mode,
             on_missing="error" if compile == "never" else "compile",
             dtype=compute,
+            kv=kv,
             device=device,
             revision=found.revision,
             token=secret,
@@ -306,7 +313,9 @@ class ElasticForCausalLM:
         ids = _token_ids(input_ids)
         mask = np.ones(ids.shape, bool) if attention_mask is None else to_numpy(attention_mask, "attention_mask")
         prompts = generating.without_padding(ids, mask, pad=None, ends=())
-        logits = np.zeros((*ids.shape, self.elastic.checkpoint.config.vocab_size), np.float32)
+        shape = (*ids.shape, self.elastic.checkpoint.config.vocab_size)
+        check_host_memory(4 * math.prod(shape), f"float32 logits {list(shape)}", "pass fewer or shorter prompts")
+        logits = np.zeros(shape, np.float32)
         for index, prompt in enumerate(prompts):
             logits[index, mask[index] != 0] = self.elastic.delivery.prompt_logits(prompt)
         output = CausalLMOutput(like(input_ids)(logits))

@@ -9,6 +9,7 @@ from jaxtyping import Float32, Integer, UInt32
 
 from elastic_jax.delivery import Delivery
 from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.memory import check_host_memory
 from elastic_jax.requests import FailEvent, GenerateRequest, TokenEvent
 from elastic_jax.tokenizer import Tokenizer
 from elastic_jax.transformers.scores import processed_scores
@@ -112,7 +113,8 @@ def run(
         `settings.choices` rows a prompt, one prompt after the other.
 
     Raises:
-        RequestError: a prompt is empty or too long, or a value out of range. Nothing has run then.
+        RequestError: a prompt is empty or too long, a value out of range, or the scores wanted exceed the host's
+            memory. Nothing has run then.
         ElasticError: the model's logits are not finite.
     """
     grammar = NoEndYet(settings.end_tokens, settings.min_new_tokens, vocab) if settings.min_new_tokens else None
@@ -130,6 +132,7 @@ def run(
     ]
     inbox = delivery.submit(requests)
     try:
+        _check_scores_fit(settings, len(prompts) * settings.choices, vocab)
         rows = {
             (number, choice): Row(prompt, _stops(tokenizer, settings, prompt))
             for number, prompt in zip(inbox.numbers, prompts, strict=True)
@@ -148,6 +151,15 @@ def run(
         return list(rows.values())
     finally:
         delivery.close(inbox)
+
+
+def _check_scores_fit(settings: GenerationSettings, rows: int, vocab: int) -> None:
+    kinds = settings.as_dict * (settings.scores + settings.logits)
+    check_host_memory(
+        2 * kinds * 4 * settings.max_new_tokens * rows * vocab,  # float32, of each row, and then the same of each step
+        f"scores or logits of {rows} answers of up to {settings.max_new_tokens} tokens over {vocab}",
+        "pass fewer prompts, ask for fewer tokens, or leave output_scores and output_logits out",
+    )
 
 
 def _own_seed(settings: GenerationSettings, index: int) -> Any:

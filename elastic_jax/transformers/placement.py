@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from elastic_jax.device import default_device
 from elastic_jax.errors import ConfigError
 from elastic_jax.step import ComputeDtype
 
@@ -92,12 +93,14 @@ def find_device(wanted: Any) -> Any:
         devices = jax.devices(_PLATFORMS[kind])
     except (RuntimeError, AssertionError):  # what JAX raises where a platform is not installed, or not there
         raise ConfigError(
-            f"device {text} was asked for, and JAX has none: it sees {_names(jax.devices())}. NVIDIA GPUs need the "
-            "extra cuda13 or cuda12, and a driver"
+            f"device {text} was asked for, and JAX has none: it sees {_names([default_device()])}. NVIDIA GPUs need "
+            "the extra cuda13 or cuda12, and a driver"
         ) from None
     index = int(number or 0)
     if index >= len(devices):
-        raise ConfigError(f"device {text} was asked for, and JAX sees {_names(devices)}")
+        raise ConfigError(
+            f"device {text} was asked for, and JAX sees {_names(devices)}: name one of these, or leave it out"
+        )
     return devices[index]
 
 

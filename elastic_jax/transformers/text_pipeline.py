@@ -19,7 +19,8 @@ DEFAULTS = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 """transformers' for this task, where neither the call, the pipeline nor the model's generation config says."""
 
 _ENCODING = ("add_special_tokens", "truncation", "padding")
-_LOADING = ("mode", "compile", "max_context", "kv_slots", "trust", "say", "attn_implementation", "trust_remote_code")
+_LOADING = ("mode", "compile", "kv", "kv_slots", "max_context", "trust", "say", "attn_implementation",
+            "trust_remote_code")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ from tiny import CompiledTiny
 
 from elastic_jax import ElasticMistral, cli
 from elastic_jax.chat import Conversation, Turn
-from elastic_jax.cli_chat import _interruptible
 from elastic_jax.errors import RequestError
 
 
@@ -65,15 +62,6 @@ def test_saved_conversations_are_prompts(model: ElasticMistral, tmp_path: Path) 
     conversation.save(tmp_path / "saved.json")
     assert json.loads((tmp_path / "saved.json").read_text("utf-8")) == conversation.prompt
     assert list(tmp_path.iterdir()) == [tmp_path / "saved.json"]
-
-
-def test_control_c_is_noted_and_ends_nothing() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with _interruptible() as stopped:
-        assert not stopped()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def chat(monkeypatch: pytest.MonkeyPatch, path: Path, stdin: str, *arguments: str) -> int:

@@ -19,6 +19,7 @@ from tiny import FIXTURES, CompiledTiny, tiny_step_config
 
 from elastic_jax import ElasticMistral, cli, executables
 from elastic_jax.checkpoint import Checkpoint
+from elastic_jax.engine import Engine
 from elastic_jax.executables import ModeStore
 from elastic_jax.step import StepConfig
 
@@ -365,6 +366,27 @@ def test_generate_says_what_is_wrong(
     call: Call, compiled: CompiledTiny, arguments: tuple[str, ...], word: str, json_option: tuple[str, ...]
 ) -> None:
     assert_refused(generate(call, compiled.checkpoint.path, "-p", "Hello", *arguments, *json_option), word)
+
+
+@pytest.mark.parametrize("json_option", [(), ("--json",)])
+def test_an_interrupted_answer_ends_where_it_is(
+    call: Call, compiled: CompiledTiny, monkeypatch: pytest.MonkeyPatch, json_option: tuple[str, ...]
+) -> None:
+    step, steps = Engine.step, 0
+
+    def interrupt(engine: Engine) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", interrupt)
+    called = generate(call, compiled.checkpoint.path, "-p", "Hello", "--max-new-tokens", 100, *json_option)
+    assert called.status == 130
+    assert steps < 6
+    assert called.err == ("" if json_option else "interrupted\n")
+    assert bool(called.out) != bool(json_option)  # JSON is whole or not there
 
 
 def test_generate_refuses_input_that_is_no_text(call: Call, compiled: CompiledTiny) -> None:

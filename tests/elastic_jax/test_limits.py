@@ -33,6 +33,10 @@ def test_the_largest_requests_pass() -> None:
         (generate((0,) * 3, 18), "a context of 21 tokens"),
         (generate(new=0), "max_new_tokens must be at least 1, found 0"),
         (generate(choices=0), "choices must be at least 1, found 0"),
+        (
+            generate(choices=4097),
+            r"4097 answers to one prompt .* at most 4096 are queued at once \(.* ask several times",
+        ),
         (generate(logit_bias={1: 1.0, 2: 1.0, 3: 1.0}), "3 entries, and at most 2 were compiled"),
         (generate(logit_bias={1000: 1.0}), "logit_bias names token 1000"),
         (generate(top_log_probabilities=4), "4 top log-probabilities wanted, and at most 3 were compiled"),

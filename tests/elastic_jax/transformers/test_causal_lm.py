@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from elastic_jax import memory
 from elastic_jax.errors import CheckpointError, ConfigError, ElasticError, RequestError
 from elastic_jax.transformers import (
     AutoModelForCausalLM,
@@ -236,6 +237,7 @@ def test_it_goes_where_it_is_and_nowhere_else(model: ElasticForCausalLM) -> None
         ({"do_sample": True, "top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, found 0"),
         ({"max_length": 3, "max_new_tokens": None}, "4 tokens, padding included, and max_length is 3"),
+        ({"do_sample": True, "num_return_sequences": 10**9}, "1000000000 answers to one prompt .* at most 4096"),
         ({"max_new_tokens": 5000}, "5000 new ones need a context of 5004"),
         ({"repetition_penalty": "high"}, "repetition_penalty must be a number"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must be a token id"),
@@ -258,6 +260,19 @@ def test_what_generate_refuses_it_names(model: ElasticForCausalLM, options: dict
     given = {"max_new_tokens": 4, **({} if "inputs" in options else {"inputs": IDS}), **options}
     with pytest.raises(RequestError, match=message):
         model.generate(**given)
+
+
+def test_logits_that_the_host_cannot_hold_are_refused(
+    model: ElasticForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = np.repeat(IDS, 50, 0)
+    needed = 4 * 50 * 4 * 320
+    monkeypatch.setattr(memory, "_available_host_memory", lambda: needed - 1)
+    with pytest.raises(RequestError, match=r"logits \[50, 4, 320\] take .* free: pass fewer or shorter prompts"):
+        model(batch)
+    with pytest.raises(RequestError, match=r"50 answers of up to 4 tokens over 320 take .* leave output_scores"):
+        model.generate(batch, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)
+    assert model.generate(batch, max_new_tokens=4).shape == (50, 8)  # more than run together: the rest waits
 
 
 def test_what_asks_for_nothing_is_accepted(model: ElasticForCausalLM) -> None:
@@ -296,7 +311,13 @@ def test_what_a_call_refuses_it_names(model: ElasticForCausalLM, options: dict[s
         ({"device_map": {"a": 0, "b": 1}}, "the whole model runs on one device"),
         ({"device_map": "mps"}, "device 'mps' is unknown"),
         ({"compile": "maybe"}, 'must be "once" or "never"'),
+        ({"device_map": "cuda:3"}, "device cuda:3 was asked for, and JAX has none: it sees cpu"),
+        ({"device_map": 7}, "device cuda:7 was asked for"),
         ({"mode": "XXL"}, "XXL"),
+        ({"mode": 0.5, "compile": "never"}, "0.5.*elastic-jax search"),
+        ({"mode": "max-loss=1%", "compile": "never"}, "max-loss=1%.*elastic-jax search"),
+        ({"kv": "int4"}, 'kv must be "full" or "int8"'),
+        ({"kv": "int8", "mode": "XL", "dtype": "float32", "compile": "never"}, "--kv int8"),
         ({"mode": "M", "compile": "never"}, "no compiled executables"),
         ({"revision": "main"}, "no Hub id"),
     ],

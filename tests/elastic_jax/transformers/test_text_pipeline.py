@@ -101,5 +101,7 @@ def test_what_cannot_be_made_is_said(model: ElasticForCausalLM) -> None:
         pipeline("text-generation")
     with pytest.raises(ConfigError, match="loaded already: mode"):
         pipeline(model=model, mode="S")
+    with pytest.raises(ConfigError, match="loaded already: kv"):
+        pipeline(model=model, kv="int8")
     with pytest.raises(RequestError, match="num_beams=2"):
         pipeline(model=model, num_beams=2)
