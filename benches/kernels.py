@@ -94,8 +94,9 @@ class Compiled:
     def __init__(self, case: Case, platform: str) -> None:
         self.case = case
         options = default_compiler_options(platform)
-        # What checks need not be fast, and choosing among kernels takes seconds.
-        quick = options | ({"xla_gpu_autotune_level": 0} if platform == "gpu" else {})
+        # What checks need not be fast, and choosing among kernels takes seconds. Untuned, products are cuBLAS's.
+        untuned = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+        quick = options | (untuned if platform == "gpu" else {})
         shapes = jax.eval_shape(case.draw, SEED)
         self.operands = jax.jit(case.draw).lower(SEED).compile(compiler_options=quick)
         call = jax.jit(case.call, donate_argnums=1).lower(*shapes)
