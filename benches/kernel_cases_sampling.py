@@ -15,7 +15,7 @@ from random_model import SMALL
 from elastic_jax import kernels
 from elastic_jax.sampling import Choose, SampledRows, SamplingInputs
 
-LAYERS = 32
+LAYERS = 16
 BIAS = 300
 """Biased tokens of a row, as many as a step takes."""
 
