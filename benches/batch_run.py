@@ -14,8 +14,17 @@ from elastic_jax.requests import FailEvent, GenerateRequest, SamplingParams
 from elastic_jax.runner import Runner
 from elastic_jax.step import Bucket, StepConfig, StepInputs, StepOutputs
 
+GREEDY = SamplingParams()
 
-def run_batch(engine: Engine, rng: np.random.Generator, cell: Cell, new: int, ahead: int) -> tuple[Run, int]:
+
+def run_batch(
+    engine: Engine,
+    rng: np.random.Generator,
+    cell: Cell,
+    new: int,
+    ahead: int,
+    sampling: SamplingParams = GREEDY,
+) -> tuple[Run, int]:
     """Runs random prompts together until every sequence has `new` tokens more than the last one's first.
 
     Sequences whose prompts were read early generate while others' prompts are read, so they may take up to `ahead`
@@ -31,8 +40,7 @@ def run_batch(engine: Engine, rng: np.random.Generator, cell: Cell, new: int, ah
     prompts = [tuple(rng.integers(3, vocab, cell.context).tolist()) for _ in range(cell.batch)]
     start = time.perf_counter()
     numbers = [
-        engine.submit(GenerateRequest(prompt, new + ahead, SamplingParams(), frozenset(), 1, None))
-        for prompt in prompts
+        engine.submit(GenerateRequest(prompt, new + ahead, sampling, frozenset(), 1, None)) for prompt in prompts
     ]
     count = dict.fromkeys(numbers, 0)
     first: dict[int, float] = {}
@@ -67,20 +75,20 @@ class RecordingRunner(Runner):
 
     def remember(self, steps: int) -> None:
         """Keeps so many steps from now on."""
-        self._kept: collections.deque[tuple[Bucket, StepInputs]] = collections.deque(maxlen=steps)
+        self._kept: collections.deque[tuple[Bucket, StepInputs, bool]] = collections.deque(maxlen=steps)
 
     def step(self, bucket: Bucket, inputs: StepInputs, *, sampling: bool, top: bool) -> StepOutputs:
         if not bucket.prompt:
-            self._kept.append((bucket, inputs))
+            self._kept.append((bucket, inputs, sampling))
         return super().step(bucket, inputs, sampling=sampling, top=top)
 
     def replay(self, times: int) -> float:
         """Seconds of the earliest step kept, dispatched some times in a row and waited for once: the device alone."""
-        bucket, inputs = self._kept[0]
-        np.asarray(super().step(bucket, inputs, sampling=False, top=False).token)
+        bucket, inputs, sampling = self._kept[0]
+        np.asarray(super().step(bucket, inputs, sampling=sampling, top=False).token)
         start = time.perf_counter()
         for _ in range(times):
-            out = super().step(bucket, inputs, sampling=False, top=False)
+            out = super().step(bucket, inputs, sampling=sampling, top=False)
         np.asarray(out.token)
         return (time.perf_counter() - start) / times
 

@@ -15,6 +15,7 @@ from random_model import SMALL
 from elastic_jax import kernels
 from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import KvPrecision, QuantizedCache
+from elastic_jax.model import Attention
 
 SMALL_WORKS = (
     repeated(2, 128, 256),
@@ -52,19 +53,12 @@ def _attention(place: Place, implementation: str, work: Work, precision: KvPreci
             kv: Any = random.normal(shape)
         else:
             kv = QuantizedCache(random.int8(shape), random.uniform(shape[:-1], 0.5, 1.5) / 37, "bfloat16")
-        queries = [random.normal((batches[0].row.shape[0], heads, dim)) for _ in batches]
-        return (queries, kv, batches), ()
+        shape = batches[0].row.shape[0], heads, dim
+        return ((kv, batches[0]), [(random.normal(shape), batch.block_table) for batch in batches]), ()
 
-    attend = kernels.ATTENTION[implementation]
-
-    def call(query: Any, kv: Any, batch: Any) -> jax.Array:
-        return attend(query, kv, batch)
-
-    def arguments(given: Any) -> list[Any]:
-        queries, kv, batches = given
-        # Which program has which work is the same in all layers, and computed once, as in a model's step.
-        batches = [dataclasses.replace(batches[0], block_table=batch.block_table) for batch in batches]
-        return [(query, kv, batch) for query, batch in zip(queries, batches, strict=True)]
+    def by(attend: Attention) -> Any:
+        # Only pages differ between layers: which program has which work is computed once, as in a model's step.
+        return lambda kv, batch, query, pages: attend(query, kv, dataclasses.replace(batch, block_table=pages))
 
     name = work.name.replace(", max", " of at most")
     return Case(
@@ -77,9 +71,9 @@ def _attention(place: Place, implementation: str, work: Work, precision: KvPreci
         arithmetic="bf16",
         layers=layers,
         operands=operands,
-        call=lambda given, state: each_layer(call)(arguments(given), state),
+        call=each_layer(by(kernels.ATTENTION[implementation])),
         outcome=first_result,
-        reference=lambda given, state: first_layer(exact_attention)(arguments(given), state),
+        reference=first_layer(by(exact_attention)),
         error=difference,
         tolerance=2e-2,
     )

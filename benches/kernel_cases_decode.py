@@ -156,7 +156,7 @@ def _head(place: Place, implementation: str, precision: str, rows: int) -> Case:
         def drawn() -> Any:
             return jax.tree.unflatten(tree, [random.weight(leaf.shape, leaf.dtype) for leaf in leaves])
 
-        return [(x, norm, drawn()) for _ in range(count)], ()
+        return ((x, norm), [(drawn(),) for _ in range(count)]), ()
 
     def run(implementation: str, dot: str) -> Any:
         def logits(x: Any, norm_weight: Any, weight: Any) -> jax.Array:

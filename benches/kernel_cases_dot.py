@@ -66,11 +66,11 @@ def _integer_dot(
         # So that products are about one, where SwiGLU bends.
         scales = random.uniform((out, 1), 0.5, 1) / (37 * 37 * contraction**0.5)
         residual = random.normal((rows, out)) if epilogue == "added" else None
-        return [(x, row_scales, random.int8((out, contraction)), scales, residual) for _ in range(count)], ()
+        return ((x, row_scales, scales, residual), [(random.int8((out, contraction)),) for _ in range(count)]), ()
 
     dot = kernels.INTEGER_DOT[implementation]
 
-    def call(x: Any, row_scales: Any, values: Any, scales: Any, residual: Any) -> jax.Array:
+    def call(x: Any, row_scales: Any, scales: Any, residual: Any, values: Any) -> jax.Array:
         if epilogue == "SwiGLU":
             return dot.multiply_gated(x, row_scales, values, scales)
         return dot.multiply(x, row_scales, values, scales, residual)
@@ -98,7 +98,7 @@ def _integer_dot(
     )
 
 
-def exact_integer_dot(x: Any, row_scales: Any, values: Any, scales: Any, residual: Any, *, epilogue: str) -> jax.Array:
+def exact_integer_dot(x: Any, row_scales: Any, scales: Any, residual: Any, values: Any, *, epilogue: str) -> jax.Array:
     """int8 is exact in float32, and so are sums below 2**24: another route than that of any integer dot."""
     blocks = row_scales.shape[1]
     size = x.shape[1] // blocks
@@ -125,7 +125,7 @@ def _bf16_dot(name: str, rows: int, out: int, contraction: int) -> Case:
 
     def operands(random: Random) -> tuple[Any, Any]:
         x = random.normal((rows, contraction))
-        return [(x, random.normal((out, contraction))) for _ in range(count)], ()
+        return ((x,), [(random.normal((out, contraction)),) for _ in range(count)]), ()
 
     def dot(x: Any, weight: Any, dtype: Any = jnp.bfloat16, precision: Any = None) -> jax.Array:
         dimensions = (((1,), (1,)), ((), ()))

@@ -37,10 +37,10 @@ def _rounding(place: Place, implementation: str, name: str, width: int, dtype: A
 
     def operands(random: Random) -> tuple[Any, Any]:
         weight = random.weight((width,), jnp.bfloat16)
-        return [(random.normal((rows, width), dtype), weight) for _ in range(count)], ()
+        return ((weight,), [(random.normal((rows, width), dtype),) for _ in range(count)]), ()
 
     def rounded(quantize: Any) -> Any:
-        def call(x: Any, weight: Any) -> Any:
+        def call(weight: Any, x: Any) -> Any:
             return quantize(x, RMSNorm(weight, place.config.rms_norm_eps) if normed else None, blocks)
 
         return call

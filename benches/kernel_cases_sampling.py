@@ -13,9 +13,9 @@ from kernel_case import Case, Place, Random, each_layer, first_layer, first_resu
 from random_model import SMALL
 
 from elastic_jax import kernels
-from elastic_jax.sampling import SampledRows, SamplingInputs
+from elastic_jax.sampling import Choose, SampledRows, SamplingInputs
 
-LAYERS = 8
+LAYERS = 16
 BIAS = 300
 """Biased tokens of a row, as many as a step takes."""
 
@@ -59,10 +59,12 @@ def _sampling(place: Place, implementation: str, rows: int, everything: bool) ->
                 counts=jnp.where(random.bits((rows, vocab)) < 1 << 22, jnp.int32(2), jnp.int32(0)),
                 prompt_mask=random.bits((rows, words)) & random.bits((rows, words)),
             )
-            logits = 3 * random.normal((rows, vocab), jnp.float32)
-            row = jnp.arange(rows, dtype=jnp.int32)
-            layers.append((logits, parameters(random) if everything else None, row, 100 + row, state))
-        return layers, ()
+            layers.append((3 * random.normal((rows, vocab), jnp.float32), state))
+        row = jnp.arange(rows, dtype=jnp.int32)
+        return ((parameters(random) if everything else None, row, 100 + row), layers), ()
+
+    def by(choose: Choose) -> Any:
+        return lambda sampling, row, position, logits, state: choose(logits, sampling, row, position, state)
 
     # What is asked reads counts and two masks as well.
     read = 4 * rows * vocab + (rows * (4 * vocab + 8 * words) if everything else 0)
@@ -76,9 +78,9 @@ def _sampling(place: Place, implementation: str, rows: int, everything: bool) ->
         arithmetic="bf16",
         layers=LAYERS,
         operands=operands,
-        call=each_layer(kernels.sampling(implementation)),
+        call=each_layer(by(kernels.sampling(implementation))),
         outcome=first_result,
-        reference=first_layer(kernels.sampling("xla")),
+        reference=first_layer(by(kernels.sampling("xla"))),
         error=choice_error,
         tolerance=1e-4,
     )

@@ -10,8 +10,13 @@ One table may be made by several commands: rows are merged into --out after ever
 anchor 1 x 256 first and last in each mode. Status 1 if any two anchors of a mode differ by more than 2 %. Nothing new
 is begun when --minutes would not suffice. Cells whose keys and values do not fit are skipped, and named in the result.
 
+With --kv int8 the KV cache is int8; with --sampling every row samples with temperature, top-k, top-p and penalties
+(`latency_rows.SAMPLED`). Their rows go into files of their own: one of others is refused before anything runs.
+
     python benches/latency.py --modes S --few-buckets --out benches/results/<device>/latency.json
     python benches/latency.py --modes XL --batches 1 8 --contexts 256 1024 --few-buckets --out ...
+    python benches/latency.py --kv int8 --out benches/results/<device>/latency-kv-int8.json ...
+    python benches/latency.py --sampling --out benches/results/<device>/latency-sampling.json ...
     python benches/latency.py --small --out FILE     # a tiny model on a CPU, to check this script
 """
 
@@ -28,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from latency_mode import ANCHOR_LINE, DONE_LINE, ROW_LINE, anchor_of, compile_child, run_child
-from latency_rows import COLUMNS, merged, read_result, write_result
+from latency_rows import COLUMNS, SAMPLED, merged, read_result, write_result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -87,6 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", help="instead of --batches and --contexts, as 16x1024")
     parser.add_argument("--few-buckets", action="store_true", help="compile only what the cells take")
     parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--kv", choices=["full", "int8"], default="full", help="precision of the KV cache")
+    parser.add_argument("--sampling", action="store_true", help="every row samples, and has penalties")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens")
     parser.add_argument("--warm-ups", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
@@ -120,6 +127,8 @@ def main() -> None:
         "id": f"{now} {environment['commit'][:12]}",
         "command": shlex.join(["benches/latency.py", *sys.argv[1:]]),
         "model": name,
+        "kv": arguments.kv,
+        "sampling": SAMPLED if arguments.sampling else "greedy",
         "environment": environment,
         "warm_ups": arguments.warm_ups,
         "repeats": arguments.repeats,
@@ -138,6 +147,8 @@ def main() -> None:
         if arguments.out:
             write_result(arguments.out, result)
 
+    if arguments.out and (before := read_result(arguments.out)) is not None:
+        merged(before, environment, run, [])  # refuses a file of others before anything is measured
     for mode in arguments.modes:
         if time.time() >= deadline:
             run["skipped"].append(f"{mode}: --minutes did not suffice")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency_rows import ANCHOR, READ_LIMIT_TB_S, Cell, Clock, Sizes, cells_of, row_of
+from latency_rows import ANCHOR, READ_LIMIT_TB_S, SAMPLED, Cell, Clock, Sizes, cells_of, row_of
 
 from aot_cache.guard import CompileCounter, forbid_compilation
 
@@ -47,9 +47,10 @@ def wanted(arguments: argparse.Namespace, mode: str) -> list[Cell]:
     return [Cell.parse(text) for text in dict.fromkeys((SMALL_CELLS[0], *(arguments.cells or SMALL_CELLS)))]
 
 
-def kv_token_bytes(config: Any) -> int:
-    """Keys and values of one token in bf16."""
-    return 4 * config.num_layers * config.kv_size
+def kv_token_bytes(config: Any, kv: str) -> int:
+    """Keys and values of one token: bf16, or int8 with a float32 scale for each head."""
+    head = 2 * config.head_dim if kv == "full" else config.head_dim + 4
+    return 2 * config.num_layers * config.num_kv_heads * head
 
 
 def prepare(arguments: argparse.Namespace, mode: str) -> Setup:
@@ -67,7 +68,7 @@ def prepare(arguments: argparse.Namespace, mode: str) -> Setup:
     device = jax.devices()[0]
     config = SMALL if arguments.small else dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
     plan = provisional_plans(config)[mode]
-    step = default_step_config(config, device.platform, "bfloat16", kv_slots=1 << 20, max_context=8192)
+    step = default_step_config(config, device.platform, "bfloat16", kv_slots=1 << 20, max_context=8192, kv=arguments.kv)
     cells = wanted(arguments, mode)
     table = cells if arguments.small else cells_of("S", None, None, None) + cells
     known = {cell: dry_run(config, step, cell) for cell in dict.fromkeys(table)}
@@ -78,7 +79,7 @@ def prepare(arguments: argparse.Namespace, mode: str) -> Setup:
         weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         available = available_memory(device)
         left = None if available is None else available - weights - arguments.spare_gib * 2**30
-        most = max(slots.values()) if left is None else int(left) // kv_token_bytes(config)
+        most = max(slots.values()) if left is None else int(left) // kv_token_bytes(config, arguments.kv)
     fitting = [slots[cell] for cell in known if slots[cell] <= most]
     if not fitting:
         raise SystemExit(f"mode {mode}: no cell fits into {most} KV slots beside the weights")
@@ -90,7 +91,12 @@ def prepare(arguments: argparse.Namespace, mode: str) -> Setup:
         buckets |= {bucket for bucket in step.buckets if bucket.generated == step.rows and not bucket.prompt}
         step = dataclasses.replace(step, buckets=tuple(bucket for bucket in step.buckets if bucket in buckets))
     ahead = {cell: known[cell][1] for cell in cells}
-    return Setup(config, plan, step, cells, ahead, skipped, arguments.work / f"{mode}-{step.kv_slots}")
+    return Setup(config, plan, step, cells, ahead, skipped, arguments.work / folder_name(mode, step))
+
+
+def folder_name(mode: str, step: Any) -> str:
+    """Of a mode's executables; with another KV cache they are others."""
+    return f"{mode}-{step.kv_slots}" + ("" if step.kv == "full" else f".kv-{step.kv}")
 
 
 def tell(kind: str, value: Any) -> None:
@@ -135,14 +141,15 @@ def compile_child(arguments: argparse.Namespace, mode: str) -> None:
 
 
 def needed_units(arguments: argparse.Namespace, setup: Setup) -> list[Any]:
-    """Of the model and of the weights; with --few-buckets only those that greedy generation takes."""
+    """Of the model and of the weights; with --few-buckets only those that this generation takes."""
     from random_model import draw_units
 
     from elastic_jax.units import make_units
 
     units = make_units(setup.config, setup.plan, setup.step)
     if arguments.few_buckets:
-        units = [unit for unit in units if unit.name.endswith(("greedy", "admit", "start"))]
+        variant = "sampling" if arguments.sampling else "greedy"
+        units = [unit for unit in units if unit.name.endswith((variant, "admit", "start"))]
     return units + draw_units(setup.config, setup.plan, setup.step.dtype)
 
 
@@ -151,12 +158,13 @@ def run_child(arguments: argparse.Namespace, mode: str) -> None:
     counter = CompileCounter()
     forbid_compilation()
     import jax
-    from batch_run import RecordingRunner, run_batch
+    from batch_run import GREEDY, RecordingRunner, run_batch
     from random_model import random_weights
     from unit_stores import load_units
 
     from elastic_jax.engine import Engine
     from elastic_jax.groups import LM_HEAD, model_groups
+    from elastic_jax.requests import SamplingParams
     from elastic_jax.weights import weight_bytes
 
     device, setup = jax.devices()[0], prepare(arguments, mode)
@@ -172,11 +180,12 @@ def run_child(arguments: argparse.Namespace, mode: str) -> None:
     rng = np.random.default_rng(arguments.seed)
     start = time.perf_counter()
     runner.remember(1)
-    run_batch(engine, rng, setup.cells[0], 2, setup.ahead[setup.cells[0]])
+    sampling = SamplingParams(**SAMPLED) if arguments.sampling else GREEDY
+    run_batch(engine, rng, setup.cells[0], 2, setup.ahead[setup.cells[0]], sampling)
     first_steps = time.perf_counter() - start
     sizes = Sizes(
         weight_bytes({name: leaf for name, leaf in weights.items() if name != "embedding"}),
-        kv_token_bytes(config),
+        kv_token_bytes(config, arguments.kv),
         sum(group.out_size * group.in_size for name, group in model_groups(config).items() if name != LM_HEAD),
         arguments.read_limit,
     )
@@ -186,7 +195,7 @@ def run_child(arguments: argparse.Namespace, mode: str) -> None:
         runs = []
         for _ in range(times):
             runner.remember(arguments.tokens // 2)
-            runs.append(run_batch(engine, rng, cell, arguments.tokens, setup.ahead[cell])[0])
+            runs.append(run_batch(engine, rng, cell, arguments.tokens, setup.ahead[cell], sampling)[0])
         runs = runs[arguments.warm_ups :]
         row = row_of(mode, cell, runs, sizes)
         row["replay_ms"] = runner.replay(REPLAYS) * 1e3

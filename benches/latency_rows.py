@@ -35,6 +35,19 @@ FULL_MODES = ("S", "XL")
 MODE_ORDER = ("S", "M", "L", "XL", "transformers-compile", "transformers-eager")
 ANCHOR_TOLERANCE = 0.02
 
+SAMPLED: dict[str, Any] = {
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 0.95,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+}
+"""What every row asks with `latency.py --sampling`."""
+
+VARIANTS = {"kv": "full", "sampling": "greedy"}
+"""What all rows of a file have in common besides device and model, and what it is where a file does not say."""
+
 READ_LIMIT_TB_S = {"NVIDIA H200": 4.47}
 """Measured by summing an array of 4.3 GB. Where a device is not listed, the bench measures its own the same way."""
 
@@ -183,7 +196,8 @@ def merged(
         rows: what it measured.
 
     Raises:
-        ResultError: the file was measured on another device, or for another model.
+        ResultError: the file was measured on another device, for another model, with another KV cache, or with other
+            sampling.
     """
     if before is not None and before["environment"]["device"] != environment["device"]:
         raise ResultError(
@@ -192,6 +206,10 @@ def merged(
         )
     if before is not None and before["model"] != run["model"]:
         raise ResultError(f"the file holds results of {before['model']}, this is {run['model']}: name another file")
+    for name, usual in VARIANTS.items():
+        there, here = (before or run).get(name, usual), run.get(name, usual)
+        if there != here:
+            raise ResultError(f"the file holds results of {name} {there}, this is {name} {here}: name another file")
     found = {_key(row): dict(row) for row in (before or {"rows": []})["rows"]}
     found |= {_key(row): {**row, "run": run["id"]} for row in rows}
     ordered = sorted(found.values(), key=_order)
@@ -202,6 +220,7 @@ def merged(
         "environment": dict(environment),
         "bench": "latency",
         "model": run["model"],
+        **{name: run.get(name, usual) for name, usual in VARIANTS.items()},
         "limit_tb_s": run["limit_tb_s"],
         "anchors": anchor_spreads(kept),
         "runs": kept,

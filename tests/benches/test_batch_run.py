@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from batch_run import dry_run, run_batch, slots_of
 from fake_runner import FakeRunner
-from latency_rows import Cell
+from latency_rows import SAMPLED, Cell
 from tiny import MISTRAL_SMALL, tiny_step_config
 
 from elastic_jax.engine import Engine
 from elastic_jax.executables import default_step_config
+from elastic_jax.requests import SamplingParams
 from elastic_jax.step import Bucket
 
 
@@ -24,6 +25,19 @@ def test_a_batch_is_timed_while_all_of_it_generates():
     assert run.live_tokens >= 4 * (20 + 1 + 4)
     assert not engine.busy
     assert engine.pages.free == step.kv_slots // step.page_size
+
+
+def test_rows_sample_as_they_are_told():
+    step = tiny_step_config(max_context=128)
+    runner = FakeRunner(step)
+    told: list[SamplingParams] = []
+    write = runner.sampling.set
+    runner.sampling.set = lambda row, params, **more: (told.append(params), write(row, params, **more))
+    sampled = SamplingParams(**SAMPLED)
+    run_batch(Engine(runner, step.max_context), np.random.default_rng(0), Cell(2, 8), 3, 20, sampled)
+    asked = [params for params in told if params.temperature]
+    assert len(asked) >= 2
+    assert {params.top_k for params in asked} == {50}
 
 
 def test_a_sequence_that_ends_early_is_told():

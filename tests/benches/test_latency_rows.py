@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from latency_rows import (
     ANCHOR,
+    SAMPLED,
     Cell,
     Clock,
     ResultError,
@@ -109,6 +110,21 @@ def test_another_device_or_model_is_refused():
         merged(first, {"device": "b"}, command(2, {}), [])
     with pytest.raises(ResultError, match="name another file"):
         merged(first, HERE, command(2, {}) | {"model": "n"}, [])
+
+
+@pytest.mark.parametrize("other", [{"kv": "int8"}, {"sampling": SAMPLED}])
+def test_another_cache_or_sampling_is_another_file(other):
+    usual = {"kv": "full", "sampling": "greedy"}
+    plain = merged(None, HERE, command(1, {}), [row("S", "1x256", 100)])
+    (name,) = other
+    for before, now in ((plain, other), (merged(None, HERE, command(1, {}) | other, []), usual)):
+        with pytest.raises(ResultError, match=f"{name}.*name another file"):
+            merged(before, HERE, command(2, {}) | now, [row("S", "1x256", 90)])
+    again = merged(plain, HERE, command(2, {}) | usual, [row("S", "1x256", 90)])
+    assert (again["kv"], again["sampling"]) == ("full", "greedy")
+    # What is written before there were such options is the usual.
+    old = {key: value for key, value in plain.items() if key not in usual}
+    assert len(merged(old, HERE, command(2, {}) | usual, [row("S", "8x256", 90)])["rows"]) == 2
 
 
 def test_results_are_read_back_and_no_part_of_one_is_left(tmp_path):
