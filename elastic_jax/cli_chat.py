@@ -33,6 +33,7 @@ from elastic_jax.cli_options import (
     note,
 )
 from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.interrupts import interruptible
 
 if TYPE_CHECKING:
     from elastic_jax.chat import Conversation, Turn
