@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _baseline(result: Mapping[str, Any]) -> str:
 
 
 def plot_name(result: Mapping[str, Any]) -> str:
-    device = "-".join(result["environment"]["device"].lower().split())
+    device = re.sub(r"[^a-z0-9]+", "-", result["environment"]["device"].lower()).strip("-")
     return f"docs/quality-{device}.svg"
 
 

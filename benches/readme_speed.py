@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def _mode(row: Mapping[str, Any]) -> str:
 
 
 def plot_name(result: Mapping[str, Any]) -> str:
-    device = "-".join(result["environment"]["device"].lower().split())
+    device = re.sub(r"[^a-z0-9]+", "-", result["environment"]["device"].lower()).strip("-")
     return f"docs/latency-{device}.svg"
 
 

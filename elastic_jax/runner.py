@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from aot_cache.target import Device
 from elastic_jax import step as steps
 from elastic_jax.config import ModelConfig
 from elastic_jax.requests import SamplingParams
@@ -133,7 +132,6 @@ class Runner:
         split = self._caches + len(self._rows)
         self._kv, self._rows = out[: self._caches], out[self._caches : split]
         found = StepOutputs(*out[split:])
-        _start_reading(self.device, found.token, found.log_probability, found.finite)
         if not top:
             return found
         tokens, values = self._units[top_name(found.logits.shape[0])](found.logits)
@@ -144,9 +142,7 @@ class Runner:
         unit = self._units[step_name(bucket, "score")]
         out = unit(*self._weights, *self._kv, *self._leaves(inputs), target, np.int32(top))
         self._kv = out[: self._caches]
-        found = ScoreOutputs(*out[self._caches :])
-        _start_reading(self.device, found.log_probability, found.argmax, found.finite)
-        return found
+        return ScoreOutputs(*out[self._caches :])
 
     def _leaves(self, inputs: StepInputs) -> list[Any]:
         tables = self._block_tables.on_device(inputs.block_table)
@@ -160,14 +156,3 @@ class Runner:
     def copy_page(self, source: int, destination: int) -> None:
         """Copies one page of every layer's cache."""
         self._kv = self._units["copy_page"](*self._kv, np.int32(source), np.int32(destination))
-
-
-def _start_reading(device: Device, *arrays: jax.Array) -> None:
-    """Has arrays copied to the host as soon as they are computed; each would be waited for by itself otherwise.
-
-    A CPU's are on the host. To ask for a copy all the same gains nothing, and a process that ends in its middle, by a
-    closed pipe or a stream that is left, is aborted (jax 0.11.2).
-    """
-    if device.platform != "cpu":
-        for array in arrays:
-            array.copy_to_host_async()

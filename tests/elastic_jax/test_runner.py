@@ -1,6 +1,4 @@
-import types
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +7,7 @@ from fake_runner import MODEL
 from tiny import CompiledTiny, tiny_step_config
 
 from elastic_jax.requests import SamplingParams
-from elastic_jax.runner import BlockTables, Runner, SamplingTable, _start_reading
+from elastic_jax.runner import BlockTables, Runner, SamplingTable
 from elastic_jax.units import make_units
 
 STEP = tiny_step_config()
@@ -113,22 +111,3 @@ def test_block_tables_are_sent_only_when_they_change() -> None:
     second = tables.on_device(host)
     assert np.asarray(second).tolist() == [[0, 1, 2], [3, 4, 9]]
     assert tables.on_device(host) is second
-
-
-class Asked:
-    """An array that counts how often it is asked for a copy."""
-
-    copies = 0
-
-    def copy_to_host_async(self) -> None:
-        self.copies += 1
-
-
-@pytest.mark.usefixtures("unchecked_types")
-def test_what_is_on_the_host_is_not_copied_there() -> None:
-    """A process that ends in the middle of a copy from the CPU to itself is aborted."""
-    array: Any = Asked()
-    for platform, copies in (("cpu", 0), ("gpu", 1)):
-        device: Any = types.SimpleNamespace(platform=platform)
-        _start_reading(device, array)
-        assert array.copies == copies
