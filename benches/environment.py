@@ -1,5 +1,6 @@
 """Where and of what a measurement was made: the `environment` object of every result file."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -43,6 +44,7 @@ def versions() -> dict[str, str]:
     return installed
 
 
+@functools.cache  # results may be written after every row
 def environment() -> dict[str, Any]:
     import jax
 

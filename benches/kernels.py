@@ -10,7 +10,7 @@ counts what must go through memory once (weights, live keys and values, logits; 
 the time taken, `bound` says which it is.
 
 Cases that tell most come first, so --minutes leaves out the least. Many are compiled at once, and nothing is timed
-meanwhile. The result is written after every batch. A case that is wrong, or cannot be compiled or run, is in `failed`
+meanwhile. The result is written after every row. A case that is wrong, or cannot be compiled or run, is in `failed`
 with its error, and the status is 1.
 
 A kernel's cases are in `kernel_cases_*.py`; to add one, add it to TABLE. `attention.py`, `integer_dot.py` and
@@ -151,7 +151,7 @@ def attempt[T](function: Callable[[], T]) -> T | Exception:
 def run(
     cases: Sequence[Case], platform: str, limits: dict[str, float], threads: int, end: float, save: Callable[..., None]
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]], list[str]]:
-    """Measures cases in batches; `save` gets rows, failures and what is left after each."""
+    """Measures cases in batches; `save` gets rows, failures and what is left after each case."""
     order = {case.name: number for number, case in enumerate(cases)}
     rows: dict[str, dict[str, Any]] = {}
     failed: list[dict[str, str]] = []
@@ -165,10 +165,11 @@ def run(
             # All are compiled before the first is timed, so that nothing else runs then.
             batch = waiting[: 2 * threads]
             made = list(pool.map(lambda case: attempt(functools.partial(Compiled, case, platform)), batch))
-            for case, compiled in zip(batch, made, strict=True):
-                found = compiled
-                if isinstance(compiled, Compiled):
-                    found = attempt(functools.partial(compiled.measure, limits))
+            made.reverse()
+            for case in batch:
+                found = made.pop()  # so that nothing holds its programs longer
+                if isinstance(found, Compiled):
+                    found = attempt(functools.partial(found.measure, limits))
                 waiting.remove(case)
                 if isinstance(found, Exception):
                     failed.append({"case": case.name, "error": f"{type(found).__name__}: {found}"})
@@ -176,7 +177,7 @@ def run(
                 else:
                     rows[case.name] = found
                     print(found, flush=True)
-            save(*state())
+                save(*state())
     return state()
 
 

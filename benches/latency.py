@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from latency_mode import ANCHOR_LINE, DONE_LINE, ROW_LINE, anchor_of, compile_child, run_child
-from latency_rows import COLUMNS, SAMPLED, merged, read_result, write_result
+from latency_rows import COLUMNS, SAMPLED, ResultError, merged, read_result, write_result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -148,7 +148,10 @@ def main() -> None:
             write_result(arguments.out, result)
 
     if arguments.out and (before := read_result(arguments.out)) is not None:
-        merged(before, environment, run, [])  # refuses a file of others before anything is measured
+        try:
+            merged(before, environment, run, [])  # before anything is measured
+        except ResultError as error:
+            sys.exit(f"{arguments.out}: {error}")
     for mode in arguments.modes:
         if time.time() >= deadline:
             run["skipped"].append(f"{mode}: --minutes did not suffice")

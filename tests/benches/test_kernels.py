@@ -145,7 +145,8 @@ def test_what_fails_is_recorded_and_the_others_are_measured():
     assert [row["work"] for row in rows] == [c.work for c in good]
     assert [entry["error"] for entry in failed] == ["ValueError: cannot be traced"]
     assert left == []
-    assert len(saved) == 2  # after each batch of two
+    assert len(saved) == 3  # after each case
+    assert saved[0][2] == [c.name for c in good]
 
 
 def test_a_wrong_kernel_is_no_row_and_the_others_are_measured():
