@@ -166,6 +166,7 @@ def test_nothing_begins_after_the_end():
     assert left == [cases[0].name]
 
 
+@pytest.mark.slow  # measures a kernel's every case
 def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     out = tmp_path / "results" / "kernels.json"
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--small", "--only", "sampling", "--out", str(out)])
@@ -208,6 +209,7 @@ def test_another_token_is_wrong_however_near():
 # -- for a GPU that is not there ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # traces dozens of programs
 @pytest.mark.cuda_plugin
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
 def test_every_case_can_be_lowered_for_an_h100():

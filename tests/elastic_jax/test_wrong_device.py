@@ -50,18 +50,19 @@ def python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.mark.parametrize(
     ("command", "platforms"),
     [
-        ("generate {checkpoint} -p x", "nonsense"),
-        ("generate {checkpoint} -p x", "tpu"),
         ("generate {checkpoint} -p x", "cuda"),
-        ("chat {checkpoint}", "nonsense"),
-        ("compile {checkpoint} --mode S", "cuda"),
         ("convert {source} {new}", "nonsense"),
-        ("convert {source} {new}", "cuda"),
-        ("plan {source}", "cuda"),
-        ("cost {checkpoint}", "nonsense"),
-        ("search {checkpoint}", "cuda"),
-        ("calibrate {checkpoint} {new}", "nonsense"),
-        ("dump-target", "nonsense"),
+        # Each is a process, of seconds; what they share is tested above.
+        pytest.param("generate {checkpoint} -p x", "nonsense", marks=pytest.mark.slow),
+        pytest.param("generate {checkpoint} -p x", "tpu", marks=pytest.mark.slow),
+        pytest.param("chat {checkpoint}", "nonsense", marks=pytest.mark.slow),
+        pytest.param("compile {checkpoint} --mode S", "cuda", marks=pytest.mark.slow),
+        pytest.param("convert {source} {new}", "cuda", marks=pytest.mark.slow),
+        pytest.param("plan {source}", "cuda", marks=pytest.mark.slow),
+        pytest.param("cost {checkpoint}", "nonsense", marks=pytest.mark.slow),
+        pytest.param("search {checkpoint}", "cuda", marks=pytest.mark.slow),
+        pytest.param("calibrate {checkpoint} {new}", "nonsense", marks=pytest.mark.slow),
+        pytest.param("dump-target", "nonsense", marks=pytest.mark.slow),
     ],
 )
 def test_a_platform_that_is_not_there_is_one_message(
@@ -102,6 +103,7 @@ def test_the_doctor_names_a_platform_that_is_not_there(
 # -- a plugin that does not start --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # compiles a mode in a process of its own
 def test_a_plugin_that_does_not_start_is_one_line(
     python: Callable[..., subprocess.CompletedProcess[str]], compiled_tiny: Callable[..., CompiledTiny]
 ) -> None:
