@@ -42,7 +42,7 @@ def room_of(config, part, device=DEVICE, **given):
     return found
 
 
-@pytest.fixture(scope="module", params=["tiny_mistral", "tiny_llama"])
+@pytest.fixture(scope="module", params=["tiny_mistral", pytest.param("tiny_llama", marks=pytest.mark.slow)])
 def checkpoint(request, checkpoint_of):
     return checkpoint_of(request.param)
 
