@@ -70,8 +70,8 @@ def push(
     """Makes a repository hold a checkpoint, after checking every file; creates it where there is none.
 
     Weights, plans, frontier and tokenizer in the repository become the checkpoint's; with `modes` there is no frontier,
-    whose other plans would lack weights. Of its executables, those of other targets
-    stay: they may come from another machine, and whoever loads them checks whether they fit.
+    whose other plans would lack weights. Of its executables, those of other targets stay: they may come from another
+    machine, and whoever loads them checks whether they fit.
 
     Args:
         path: the checkpoint.

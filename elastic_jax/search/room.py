@@ -54,7 +54,7 @@ def searching_bytes(config: ModelConfig, windows: int, length: int, platform: st
 
     The widest product in 32 bits a few times, attention's scores, logits of a part of the tokens, what is kept of the
     original's, and the residual streams before all layers, which one pass keeps. For four windows of 1024 tokens of
-    Mistral-Small this is 12.2 GiB; `benches/search_24b.py` measured 10.4 beside the weights (jax 0.11.2, H200).
+    Mistral-Small this is 12.2 GiB; `benches/search_24b.py` measured 10.4 beside the weights (jax 0.11.2, H100).
 
     Args:
         config: the model.

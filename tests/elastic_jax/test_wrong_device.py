@@ -155,4 +155,4 @@ def test_from_python_it_is_one_exception(
 @pytest.mark.usefixtures("unchecked_types")
 def test_a_device_is_one_of_jax(checkpoint: str) -> None:
     with pytest.raises(ConfigError, match=r"device must be one of JAX's, .* found 'cuda:3'"):
-        ElasticMistral.load(checkpoint, "XL", device="cuda:3")  # pyright: ignore[reportArgumentType]
+        ElasticMistral.load(checkpoint, "XL", device="cuda:3")  # pyright: ignore[reportArgumentType]  (what is wrong with it)
