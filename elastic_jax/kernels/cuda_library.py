@@ -42,3 +42,17 @@ def register(path: Path, targets: Mapping[str, str], name: str, instead: str) ->
 def has_cuda_12() -> bool:
     """Whether JAX's plugin here is that of CUDA 12, whose runtime the libraries do not have."""
     return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda12"))
+
+
+def refuse_cuda_12(name: str, instead: str) -> None:
+    """Refuses CUDA 12 where a library is needed.
+
+    Args:
+        name: what needs it, for the error.
+        instead: what a user can do without it.
+
+    Raises:
+        ConfigError: JAX's plugin here is that of CUDA 12.
+    """
+    if has_cuda_12():
+        raise ConfigError(f"{name} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {instead}")

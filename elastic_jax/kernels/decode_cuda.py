@@ -108,8 +108,7 @@ def check_model(config: ModelConfig) -> None:
     Raises:
         ConfigError: it is so.
     """
-    if cuda_library.has_cuda_12():
-        raise ConfigError(f"{_NAME} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {_INSTEAD}")
+    cuda_library.refuse_cuda_12(_NAME, _INSTEAD)
     shape = config.head_dim, config.num_heads // config.num_kv_heads
     if shape not in _HEADS or config.num_heads % config.num_kv_heads:
         raise ConfigError(

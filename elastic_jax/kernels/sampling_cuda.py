@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
 from elastic_jax import sampling as reference
-from elastic_jax.errors import ConfigError
 from elastic_jax.kernels import cuda_library
 from elastic_jax.kernels.pallas_device import compute_capability
 from elastic_jax.sampling import SampledRows, SamplingInputs
@@ -54,8 +53,7 @@ def check_device() -> None:
     Raises:
         ConfigError: JAX's plugin here is that of CUDA 12.
     """
-    if cuda_library.has_cuda_12():
-        raise ConfigError(f"{_NAME} has the runtime of CUDA 13, and JAX's plugin here is that of CUDA 12; {_INSTEAD}")
+    cuda_library.refuse_cuda_12(_NAME, _INSTEAD)
 
 
 def choose(
