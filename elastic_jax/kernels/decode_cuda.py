@@ -67,24 +67,19 @@ class ProductTiles(NamedTuple):
         row_tiles: times 8 outputs that a block computes at once.
         depth: chunks of weights in flight a warp.
         parts: blocks that share one contraction.
-        ahead: chunks a row that a block asks the L2 cache for while it waits for activations.
     """
 
     row_tiles: int
     depth: int
     parts: int
-    ahead: int
 
 
 _BUILT = (
-    ((2, 6), (4, 3), (2, 8), (4, 4), (1, 12), (1, 8), (2, 4), (2, 3)),
-    ((2, 12), (4, 8), (2, 8), (2, 7), (4, 4), (2, 6), (1, 12), (4, 3), (1, 8), (2, 4)),
+    ((2, 6), (4, 3), (2, 8), (4, 4), (2, 4), (2, 3)),
+    ((2, 12), (4, 8), (2, 8), (2, 7), (4, 4), (2, 6), (4, 3), (2, 4)),
 )
 """(row_tiles, depth) that the kernels are built for (cuda/layer.cuh), the usually fastest first: for 8 tokens at most
-(and for bf16), and for more. `row_tiles` must be even for SwiGLU."""
-
-_AHEAD = 64
-"""`ahead` where nobody has measured: 5 MB of a product's weights on a large GPU."""
+(and for bf16), and for more."""
 
 
 def library_path() -> Path:
@@ -300,7 +295,7 @@ def choose_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, who
     measured = measured_tiles().get((capability, precision, out, contraction), {})
     bound = min((bound for bound in measured if bound >= tokens), default=None)
     fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
-    if bound is not None and measured[bound]._replace(ahead=_AHEAD) in fitting:
+    if bound is not None and measured[bound] in fitting:
         return measured[bound]
     if not fitting:
         raise ConfigError(f"{_NAME}: no tiles of {weight.shape} fit {tokens} tokens; {_INSTEAD}")
@@ -319,7 +314,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
     octets = planes * -(-tokens // 8) * min(tokens, 8)
     many = quantized and tokens > 8
     warps, built = (8 if many else 16), _BUILT[many]
-    sizes = sorted((size for size in built if size[0] % 2 == 0), key=lambda size: -size[0]) if paired else built
+    sizes = sorted(built, key=lambda size: -size[0]) if paired else built
     for parts in (1, 2, 4, 8, 16):
         if chunks % parts or (whole and parts > 1):
             continue
@@ -328,7 +323,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
             sums = (2 if tokens <= 8 else 1) * warps * row_tiles * _TILE_ROWS * tokens * 4
             fits = ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared
             if fits and out % (_TILE_ROWS * row_tiles) == 0:
-                yield ProductTiles(row_tiles, depth, parts, _AHEAD)
+                yield ProductTiles(row_tiles, depth, parts)
 
 
 @functools.cache

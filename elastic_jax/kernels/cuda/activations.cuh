@@ -20,9 +20,11 @@ __global__ void __launch_bounds__(kNormThreads) norm(const NormArguments a) {
   __shared__ float scratch[2 * kNormThreads / 32];
   const int token = blockIdx.x;
   release_successor();
+  uint2 weights[kNormVectors];
+  load_norm_weights<kNormThreads>(a.input, weights);
   wait_for_predecessor();
   float values[kNormVectors][4], scale;
-  const float factor = normalize<kNormThreads>(a.input, token, true, values, scale, scratch);
+  const float factor = normalize<kNormThreads>(a.input, weights, token, true, values, scale, scratch);
   if (Weight::kPlanes == 2 && threadIdx.x == 0) a.token_scales[token] = scale;
   const Packing packing(a.input.tokens, Weight::kPlanes);
 #pragma unroll
@@ -47,7 +49,7 @@ struct PackArguments {
   float* token_scales;
 };
 
-// One block for kPackPiece values of a token. Products pack a few tokens for themselves (`ProductArguments::rows`), but
+// One block for kPackPiece values of a token. Products pack a few tokens for themselves (`Input::kRows`), but
 // every block of theirs would do the same for many.
 template <typename Weight>
 __global__ void __launch_bounds__(kPackThreads) pack_rows(const PackArguments a) {

@@ -6,9 +6,9 @@
 // cores (m16n8k16): keys are the left operand, and the group's queries the few used columns of the right one; then values,
 // transposed, are the left operand and softmax's weights the right one. Lanes load both operands as they need them, 8
 // numbers at once, so nothing goes through shared memory; which numbers of a head are one step of the contraction is any,
-// if both operands have the same. Weights are two bf16 numbers each, high and low, so that rounding them loses nothing.
-// The next keys are on their way while this turn's values are used, and the first of older steps before the kernel waits
-// for its predecessor.
+// if both operands have the same. Weights are two bf16 numbers each, high and low, which hold 16 bits of them. The next
+// keys are on their way while this turn's values are used, and the L2 cache is asked for those after; the first of older
+// steps before the kernel waits for its predecessor.
 //
 // The cache is bf16, or int8 with a scale for each slot and head (kv_cache.py): scores are multiplied by the scales of
 // keys, weights by those of values.
@@ -257,11 +257,21 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
         values[i][j] = old ? *reinterpret_cast<const Eight*>(from + 64 * j) : Eight{};
     }
   };
+  // A key and a value of 16 are asked for by two lanes each.
+  auto ask_for = [&](int page, int first) {
+    const int key = lane / 2;
+    if (!is_old(first + key)) return;
+    const Number* const from = cache_of_head + (slot_at(page, first) + key) * stride + lane % 2 * (kDim / 2);
+    prefetch(from);
+    prefetch(from + a.kv_heads * kDim);
+  };
   const int start = begin + warp * 16;
-  int page = page_at(start);
+  int page = page_at(start), later = page_at(start + kTurn);
   load_keys(page, start);
   load_values(page, start);
-  page = page_at(start + kTurn);
+  page = later;
+  later = page_at(start + 2 * kTurn);
+  ask_for(page, start + kTurn);
   const int slot = a.slot[token];
   constexpr int kRotated = ((kGroup + 2) * kDim / 2 + kAttentionThreads - 1) / kAttentionThreads;
   float cosines[kRotated], sines[kRotated];
@@ -422,7 +432,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
       use(out[4 * j + 3], rows[0].w, rows[1].w, rows[2].w, rows[3].w);
     }
     load_values(page, first + kTurn);
-    page = page_at(first + 2 * kTurn);
+    page = later;
+    ask_for(page, first + 2 * kTurn);
+    later = page_at(first + 3 * kTurn);
   }
 
 #pragma unroll

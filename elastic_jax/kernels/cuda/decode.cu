@@ -30,11 +30,11 @@ Weight weight_of(ffi::AnyBuffer values, ffi::AnyBuffer scales) {
           static_cast<int>(values.dimensions()[1]), values.element_type() == ffi::DataType::S8};
 }
 
-constexpr int kTileNumbers = 4;
+constexpr int kTileNumbers = 3;
 
 Tiles tiles_of(ffi::Span<const int32_t> numbers, int weight) {
   const int32_t* const at = numbers.begin() + kTileNumbers * weight;
-  return {at[0], at[1], at[2], at[3]};
+  return {at[0], at[1], at[2]};
 }
 
 ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBuffer added, ffi::AnyBuffer attention_norm,

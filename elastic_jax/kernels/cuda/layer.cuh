@@ -72,12 +72,12 @@ cudaError_t launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared
 
 // Sizes of one product.
 struct Tiles {
-  int row_tiles, depth, parts, ahead;
+  int row_tiles, depth, parts;
 };
 
-template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu>
+template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu, Input kInput, int kTokens>
 cudaError_t launch_product(const ProductArguments& a, cudaStream_t stream, int* blocks) {
-  auto* const kernel = &product<Weight, kMTiles, kRowTiles, kDepth, kSwiGlu>;
+  auto* const kernel = &product<Weight, kMTiles, kRowTiles, kDepth, kSwiGlu, kInput, kTokens>;
   static const cudaError_t allowed = allow_shared_memory(kernel);
   if (allowed != cudaSuccess) return allowed;
   const int tiles = a.outputs / (kTileRows * kRowTiles);
@@ -90,25 +90,44 @@ cudaError_t launch_product(const ProductArguments& a, cudaStream_t stream, int* 
   return launch(kernel, dim3(*blocks), 32 * kWarpsFor<kMTiles>, shared, stream, a);
 }
 
+// Tokens up to which products normalize and pack for themselves, and save launches.
+constexpr int kPackedInProduct = 2;
+
+template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu>
+cudaError_t choose_input(const ProductArguments& a, cudaStream_t stream, int* blocks) {
+  constexpr Input kPacked = Input::kPacked, kRows = Input::kRows, kResidual = Input::kResidual;
+  if (a.input == kPacked) return launch_product<Weight, kMTiles, kRowTiles, kDepth, kSwiGlu, kPacked, 0>(a, stream, blocks);
+  if constexpr (kMTiles == 1) {
+    static_assert(kPackedInProduct == 2);
+    if constexpr (!kSwiGlu) {
+      if (a.input == kRows && a.tokens == 1)
+        return launch_product<Weight, 1, kRowTiles, kDepth, false, kRows, 1>(a, stream, blocks);
+      if (a.input == kRows && a.tokens == 2)
+        return launch_product<Weight, 1, kRowTiles, kDepth, false, kRows, 2>(a, stream, blocks);
+    }
+    if (a.input == kResidual && a.tokens == 1)
+      return launch_product<Weight, 1, kRowTiles, kDepth, kSwiGlu, kResidual, 1>(a, stream, blocks);
+    if (a.input == kResidual && a.tokens == 2)
+      return launch_product<Weight, 1, kRowTiles, kDepth, kSwiGlu, kResidual, 2>(a, stream, blocks);
+  }
+  return cudaErrorInvalidValue;
+}
+
 // The sizes that kernels are built for; decode_cuda.py has the same list.
 template <typename Weight, int kMTiles, bool kSwiGlu>
 cudaError_t choose_product(const ProductArguments& a, const Tiles& tiles, cudaStream_t stream, int* blocks) {
   const int key = 100 * tiles.row_tiles + tiles.depth;
-  if constexpr (!kSwiGlu) {
-    if (key == 108) return launch_product<Weight, kMTiles, 1, 8, kSwiGlu>(a, stream, blocks);
-    if (key == 112) return launch_product<Weight, kMTiles, 1, 12, kSwiGlu>(a, stream, blocks);
-  }
-  if (key == 204) return launch_product<Weight, kMTiles, 2, 4, kSwiGlu>(a, stream, blocks);
-  if (key == 206) return launch_product<Weight, kMTiles, 2, 6, kSwiGlu>(a, stream, blocks);
-  if (key == 208) return launch_product<Weight, kMTiles, 2, 8, kSwiGlu>(a, stream, blocks);
-  if (key == 403) return launch_product<Weight, kMTiles, 4, 3, kSwiGlu>(a, stream, blocks);
-  if (key == 404) return launch_product<Weight, kMTiles, 4, 4, kSwiGlu>(a, stream, blocks);
+  if (key == 204) return choose_input<Weight, kMTiles, 2, 4, kSwiGlu>(a, stream, blocks);
+  if (key == 206) return choose_input<Weight, kMTiles, 2, 6, kSwiGlu>(a, stream, blocks);
+  if (key == 208) return choose_input<Weight, kMTiles, 2, 8, kSwiGlu>(a, stream, blocks);
+  if (key == 403) return choose_input<Weight, kMTiles, 4, 3, kSwiGlu>(a, stream, blocks);
+  if (key == 404) return choose_input<Weight, kMTiles, 4, 4, kSwiGlu>(a, stream, blocks);
   if constexpr (kMTiles == 1) {
-    if (key == 203) return launch_product<Weight, kMTiles, 2, 3, kSwiGlu>(a, stream, blocks);
+    if (key == 203) return choose_input<Weight, 1, 2, 3, kSwiGlu>(a, stream, blocks);
   } else {
-    if (key == 207) return launch_product<Weight, kMTiles, 2, 7, kSwiGlu>(a, stream, blocks);
-    if (key == 212) return launch_product<Weight, kMTiles, 2, 12, kSwiGlu>(a, stream, blocks);
-    if (key == 408) return launch_product<Weight, kMTiles, 4, 8, kSwiGlu>(a, stream, blocks);
+    if (key == 207) return choose_input<Weight, kMTiles, 2, 7, kSwiGlu>(a, stream, blocks);
+    if (key == 212) return choose_input<Weight, kMTiles, 2, 12, kSwiGlu>(a, stream, blocks);
+    if (key == 408) return choose_input<Weight, kMTiles, 4, 8, kSwiGlu>(a, stream, blocks);
   }
   return cudaErrorInvalidValue;
 }
@@ -157,9 +176,6 @@ inline cudaError_t run_attention(int dim, int group, const AttentionArguments& a
   return cudaErrorInvalidValue;
 }
 
-// Tokens up to which products normalize and pack for themselves, and save launches.
-constexpr int kPackedInProduct = 2;
-
 inline cudaError_t run_pack(bool quantized, const PackArguments& a, cudaStream_t stream) {
   auto* const kernel = quantized ? &pack_rows<Int8> : &pack_rows<Bf16>;
   static const cudaError_t allowed[2] = {allow_shared_memory(&pack_rows<Bf16>), allow_shared_memory(&pack_rows<Int8>)};
@@ -187,7 +203,6 @@ struct Weight {
     a.row_bytes = row_bytes();
     a.tokens = tokens;
     a.parts = tiles.parts;
-    a.ahead = tiles.ahead;
     a.out = out;
     return a;
   }
@@ -226,9 +241,11 @@ inline int64_t padded_tokens(int tokens) { return tokens <= 8 ? tokens : (tokens
 inline cudaError_t give_normalized(const Weight& weight, ProductArguments& p, const NormInput& input, uint8_t* packed,
                                    float* token_scales, cudaStream_t stream) {
   if (input.tokens <= kPackedInProduct && input.hidden <= kNormVectors * 4 * 32 * kWarpsFor<1>) {
+    p.input = Input::kResidual;
     p.norm = input;
     return cudaSuccess;
   }
+  p.input = Input::kPacked;
   p.packed = packed;
   p.token_scales = token_scales;
   return run_norm(weight.quantized, {input, packed, token_scales}, stream);
@@ -238,11 +255,13 @@ inline cudaError_t give_normalized(const Weight& weight, ProductArguments& p, co
 inline cudaError_t give_rows(const Weight& weight, ProductArguments& p, const float* rows, const float* maxima, int count,
                              uint8_t* packed, float* token_scales, cudaStream_t stream) {
   if (p.tokens <= kPackedInProduct) {
+    p.input = Input::kRows;
     p.rows = rows;
     p.maxima = maxima;
     p.maxima_count = count;
     return cudaSuccess;
   }
+  p.input = Input::kPacked;
   p.packed = packed;
   p.token_scales = token_scales;
   return run_pack(weight.quantized, {rows, maxima, count, p.tokens, weight.contraction, packed, token_scales}, stream);
@@ -301,10 +320,6 @@ inline Status run_layer(LayerArguments l, cudaStream_t stream) {
   ELASTIC_RUN(run_attention(l.dim, heads / kv_heads, a, stream), "attention");
 
   p = l.o.product(tokens, l.tiles[1], o_out);
-  if (l.tiles[1].ahead > 0) {
-    const int half = l.gate_up.outputs / 2;
-    p.next = {l.gate_up.values, l.gate_up.row_bytes(), half, l.tiles[2].row_tiles / 2 * kTileRows, 2};
-  }
   ELASTIC_RUN(give_rows(l.o, p, attended, attended_maxima, kv_heads, packed, token_scales, stream), "packing for o");
   ELASTIC_RUN(run_product<false>(l.o.quantized, p, l.tiles[1], stream, &blocks), "o");
 

@@ -50,12 +50,8 @@ __device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Asks for a run of bytes, a multiple of 16, to be brought into the L2 cache.
-__device__ __forceinline__ void prefetch(const uint8_t* from, int64_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(static_cast<uint32_t>(bytes)) : "memory");
-#endif
-}
+// Asks for a line of memory to be brought into the L2 cache.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
 
 struct Int8 {
   using Sum = int32_t;

@@ -2,11 +2,12 @@
 //
 // A block keeps the activations of its part of the contraction in shared memory (packing.cuh) and walks over tiles of
 // outputs; its warps share every tile's chunks, each with its own ring of chunks in flight, and add their sums in shared
-// memory. Weights never change, so the ring is filled before the kernel waits for its predecessor in the stream, and the
-// L2 cache is asked for what comes after it: the memory is not idle while activations are made.
+// memory. Weights never change, so the ring is filled before the kernel waits for its predecessor in the stream: the
+// memory is not idle while activations are made.
 //
-// Activations come packed (activations.cuh); or, where they are few, as what every block packs for itself: float32 rows,
-// or a residual stream that wants RMSNorm.
+// Activations come packed (activations.cuh); or, of one or two tokens, as what every block packs for itself: float32 rows,
+// or a residual stream that wants RMSNorm. Everything waits for that, so a kernel is built for each kind and for each of
+// these numbers of tokens, without the others' code, and all its loads are under way before the first is used.
 
 #pragma once
 
@@ -31,47 +32,60 @@ struct NormInput {
   __nv_bfloat16* out;  // [tokens][hidden], the residual stream with `added`
 };
 
-// Four values of the residual stream with what it lacks, at index k of a token.
-__device__ __forceinline__ void load_residual(const NormInput& n, int token, int k, __nv_bfloat16 (&x)[4]) {
-  const int64_t at = static_cast<int64_t>(token) * n.hidden + k;
-  float added[4] = {0, 0, 0, 0};
-  *reinterpret_cast<uint2*>(x) = *reinterpret_cast<const uint2*>(n.residual + at);
-#pragma unroll 8
-  for (int part = 0; part < n.parts; ++part) {
-    const float4 v = *reinterpret_cast<const float4*>(n.added + static_cast<int64_t>(part) * n.tokens * n.hidden + at);
-    added[0] += v.x;
-    added[1] += v.y;
-    added[2] += v.z;
-    added[3] += v.w;
-  }
-  // Both roundings are the model's: the product becomes bf16, and so does the residual stream.
+// Weights of a norm, of which a thread has these. They may be loaded before the predecessor ends.
+template <int kThreads>
+__device__ __forceinline__ void load_norm_weights(const NormInput& n, uint2 (&weights)[kNormVectors]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    x[i] = __float2bfloat16_rn(__bfloat162float(x[i]) + __bfloat162float(__float2bfloat16_rn(added[i])));
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int k = (v * kThreads + static_cast<int>(threadIdx.x)) * 4;
+    if (k < n.hidden) weights[v] = *reinterpret_cast<const uint2*>(n.weight + k);
+  }
 }
 
 // RMSNorm of one token by a block of kThreads: each thread's values, still to be multiplied by the factor that it returns,
 // and the scale of 16-bit activations. The largest normalized value needs no second pass: it is the largest of
 // x * weight, scaled. `scratch` holds 2 floats a warp.
 template <int kThreads>
-__device__ __forceinline__ float normalize(const NormInput& n, int token, bool writes, float (&values)[kNormVectors][4],
-                                           float& scale, float* scratch) {
+__device__ __forceinline__ float normalize(const NormInput& n, const uint2 (&weights)[kNormVectors], int token, bool writes,
+                                           float (&values)[kNormVectors][4], float& scale, float* scratch) {
+  const int64_t size = static_cast<int64_t>(n.tokens) * n.hidden, first = static_cast<int64_t>(token) * n.hidden;
+  auto index = [&](int v) { return (v * kThreads + static_cast<int>(threadIdx.x)) * 4; };
+  uint2 residual[kNormVectors] = {};
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v)
+    if (index(v) < n.hidden) residual[v] = *reinterpret_cast<const uint2*>(n.residual + first + index(v));
+  float added[kNormVectors][4] = {};
+#pragma unroll 2
+  for (int part = 0; part < n.parts; ++part) {
+    float4 product[kNormVectors] = {};
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v)
+      if (index(v) < n.hidden) product[v] = *reinterpret_cast<const float4*>(n.added + part * size + first + index(v));
+#pragma unroll
+    for (int v = 0; v < kNormVectors; ++v) {
+      added[v][0] += product[v].x;
+      added[v][1] += product[v].y;
+      added[v][2] += product[v].z;
+      added[v][3] += product[v].w;
+    }
+  }
   float square = 0, largest = 0;
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v) {
-    const int k = (v * kThreads + static_cast<int>(threadIdx.x)) * 4;
-    if (k >= n.hidden) break;
+    if (index(v) >= n.hidden) break;
     __nv_bfloat16 x[4], weight[4];
-    *reinterpret_cast<uint2*>(weight) = *reinterpret_cast<const uint2*>(n.weight + k);
-    load_residual(n, token, k, x);
+    *reinterpret_cast<uint2*>(x) = residual[v];
+    *reinterpret_cast<uint2*>(weight) = weights[v];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      // Both roundings are the model's: the product becomes bf16, and so does the residual stream.
+      x[i] = __float2bfloat16_rn(__bfloat162float(x[i]) + __bfloat162float(__float2bfloat16_rn(added[v][i])));
       const float value = __bfloat162float(x[i]);
       square += value * value;
       values[v][i] = value * __bfloat162float(weight[i]);
       largest = fmaxf(largest, fabsf(values[v][i]));
     }
-    if (writes) *reinterpret_cast<uint2*>(n.out + static_cast<int64_t>(token) * n.hidden + k) = *reinterpret_cast<uint2*>(x);
+    if (writes) *reinterpret_cast<uint2*>(n.out + first + index(v)) = *reinterpret_cast<uint2*>(x);
   }
   reduce_block(square, largest, scratch);
   const float factor = rsqrtf(square / n.hidden + n.eps);
@@ -79,13 +93,11 @@ __device__ __forceinline__ float normalize(const NormInput& n, int token, bool w
   return factor;
 }
 
-// A weight's tiles that the kernel after the next will read first.
-struct NextWeight {
-  const uint8_t* values;  // none if null
-  int64_t row_bytes;
-  int half;       // outputs, or half of them if SwiGLU follows
-  int tile_rows;  // outputs of a tile in each half
-  int pairs;      // halves
+// What a product takes.
+enum class Input {
+  kPacked,    // packed activations and, for int8, their scales
+  kRows,      // float32 rows, and for int8 the maxima of their magnitudes
+  kResidual,  // a residual stream, which is normalized
 };
 
 struct ProductArguments {
@@ -95,16 +107,12 @@ struct ProductArguments {
   int64_t row_bytes;
   int tokens;
   int parts;  // of the contraction, each computed by other blocks
-  int ahead;  // chunks a row beyond the ring that a block asks the L2 cache for
-  NextWeight next;
-  // Either packed activations and, for int8, their scales [tokens]...
+  Input input;
   const uint8_t* packed;
-  const float* token_scales;
-  // ... or rows [tokens][contraction], and for int8 maxima [maxima_count][tokens] whose largest is each row's...
-  const float* rows;
-  const float* maxima;
+  const float* token_scales;  // [tokens], of `packed`
+  const float* rows;          // [tokens][contraction]
+  const float* maxima;        // [maxima_count][tokens], whose largest is each row's
   int maxima_count;
-  // ... or a residual stream, which is normalized.
   NormInput norm;
   // Plain: out [parts][tokens][outputs]. SwiGlu: out [tokens][outputs / 2] = silu(first half) * second half, and
   // out_maxima [blocks][tokens], the largest magnitude that each block wrote.
@@ -128,7 +136,7 @@ __host__ __device__ constexpr int sums_bytes(int tokens) {
   return sum_buffers(tokens) * kWarpsFor<kMTiles> * kRowTiles * kTileRows * tokens * static_cast<int>(sizeof(float));
 }
 
-constexpr int kPackedAtOnce = 8;
+constexpr int kPackedAtOnce = 4;
 constexpr int kScalesBytes = 2 * kMostTokens * sizeof(float);
 
 template <typename Weight, int kMTiles, int kRowTiles, int kDepth>
@@ -182,10 +190,11 @@ __device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const
 // The same for a residual stream, normalized. The sums' memory is scratch.
 template <typename Weight, int kThreads>
 __device__ __forceinline__ void pack_normalized(const ProductArguments& a, const Packing& packing, int first, int length,
-                                                float* scales, uint8_t* activations, float* scratch) {
+                                                const uint2 (&weights)[kNormVectors], float* scales,
+                                                uint8_t* activations, float* scratch) {
   for (int token = 0; token < a.tokens; ++token) {
     float values[kNormVectors][4], scale;
-    const float factor = normalize<kThreads>(a.norm, token, blockIdx.x == 0, values, scale,
+    const float factor = normalize<kThreads>(a.norm, weights, token, blockIdx.x == 0, values, scale,
                                              scratch + token * 2 * kThreads / 32);
     if (threadIdx.x == 0) scales[token] = scale;
 #pragma unroll
@@ -198,8 +207,11 @@ __device__ __forceinline__ void pack_normalized(const ProductArguments& a, const
   }
 }
 
-template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu>
-__global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1) product(const ProductArguments a) {
+// kTokens is the number of tokens, or 0 for any.
+template <typename Weight, int kMTiles, int kRowTiles, int kDepth, bool kSwiGlu, Input kInput, int kTokens>
+__global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1) product(const ProductArguments given) {
+  ProductArguments a = given;
+  if (kTokens) a.tokens = a.norm.tokens = kTokens;
   extern __shared__ __align__(128) uint8_t shared[];
   constexpr int kWarps = kWarpsFor<kMTiles>, kThreads = 32 * kWarps;
   constexpr int kPlanes = Weight::kPlanes;
@@ -250,39 +262,24 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i) fill();
 
-  // Chunks [begin, end) of the tiles laid end to end, a thread for each of a tile's outputs.
-  constexpr int kTileOutputs = kRowTiles * kTileRows;
-  for (int i = threadIdx.x / kTileOutputs, begin = kWarps * (kDepth - 1), end = begin + a.ahead; i * chunks < end;
-       i += kThreads / kTileOutputs) {
-    const int tile = walker + i * walkers, from = max(0, begin - i * chunks), to = min(chunks, end - i * chunks);
-    if (tile >= tiles || from >= to) continue;
-    const int row = threadIdx.x % kTileOutputs;
-    prefetch(a.weight + (first_output(tile, row / kTileRows) + row % kTileRows) * a.row_bytes +
-                 static_cast<int64_t>(first_chunk + from) * kChunkBytes,
-             static_cast<int64_t>(to - from) * kChunkBytes);
-  }
-  if (a.next.values && threadIdx.x < a.next.pairs * a.next.tile_rows) {
-    const int row = blockIdx.x * a.next.tile_rows + threadIdx.x % a.next.tile_rows;
-    const int64_t output = row + threadIdx.x / a.next.tile_rows * static_cast<int64_t>(a.next.half);
-    if (row < a.next.half) prefetch(a.next.values + output * a.next.row_bytes, a.next.row_bytes);
-  }
-
+  uint2 norm_weights[kNormVectors];
+  if constexpr (kInput == Input::kResidual) load_norm_weights<kThreads>(a.norm, norm_weights);
   wait_for_predecessor();
 
   if (blockIdx.x == 0)
     for (int i = threadIdx.x; i < a.counters_count; i += kThreads) a.counters[i] = 0;
   const int length = chunks * kChunkBytes * kPlanes / 2;
-  if (a.packed) {
+  if constexpr (kInput == Input::kPacked) {
     const int held = chunks * packing.chunk_bytes();
     const uint8_t* const mine = a.packed + static_cast<int64_t>(first_chunk) * packing.chunk_bytes();
     for (int at = threadIdx.x * 16; at < held; at += kThreads * 16) copy_async(activations + at, mine + at);
     commit_copies();
     if (kPlanes == 2 && threadIdx.x < a.tokens) scales[threadIdx.x] = a.token_scales[threadIdx.x];
     await_copies<0>();
-  } else if (a.rows) {
+  } else if constexpr (kInput == Input::kRows) {
     pack_float_rows<Weight, kThreads>(a, packing, part * length, length, scales, activations);
   } else {
-    pack_normalized<Weight, kThreads>(a, packing, part * length, length, scales, activations, sums);
+    pack_normalized<Weight, kThreads>(a, packing, part * length, length, norm_weights, scales, activations, sums);
   }
   if (threadIdx.x < kMostTokens) largest[threadIdx.x] = 0;
   __syncthreads();

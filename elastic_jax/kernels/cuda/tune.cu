@@ -172,11 +172,11 @@ struct Bench {
   }
 };
 
-const Tiles kSizes[] = {{1, 8}, {1, 12}, {2, 3}, {2, 4}, {2, 6}, {2, 7}, {2, 8}, {2, 12}, {4, 3}, {4, 4}, {4, 8}};
+const Tiles kSizes[] = {{2, 3}, {2, 4}, {2, 6}, {2, 7}, {2, 8}, {2, 12}, {4, 3}, {4, 4}, {4, 8}};
 
 void tune(const Shape& shape, int tokens) {
   Bench bench(shape, tokens);
-  Tiles best[5] = {{2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}, {2, 4, 1, 64}};
+  Tiles best[5] = {{2, 4, 1}, {2, 4, 1}, {2, 4, 1}, {2, 4, 1}, {2, 4, 1}};
   if (tokens > 2) best[3].parts = 8;
   if (tokens > 8 && !shape.quantized)
     for (Tiles& size : best) size.depth = 3;
@@ -195,8 +195,8 @@ void tune(const Shape& shape, int tokens) {
         tried[i] = tiles;
         const float found = bench.time(tried, i == 4);
         if (found == 0) return;
-        std::fprintf(stderr, "%d %s rows %d depth %d parts %d ahead %d: %.2f us\n", tokens, names[i], tiles.row_tiles,
-                     tiles.depth, tiles.parts, tiles.ahead, found);
+        std::fprintf(stderr, "%d %s rows %d depth %d parts %d: %.2f us\n", tokens, names[i], tiles.row_tiles, tiles.depth,
+                     tiles.parts, found);
         if (least == 0 || found < least) {
           least = found;
           best[i] = tiles;
@@ -205,12 +205,10 @@ void tune(const Shape& shape, int tokens) {
       for (const int parts : {1, 2, 4, 8}) {
         if (((i == 2 || i == 4) && parts > 1) || chunks % parts || chunks / parts < 32) continue;
         for (const Tiles& size : kSizes) {
-          if (i == 2 && size.row_tiles % 2) continue;
           if (weights[i]->outputs % (kTileRows * size.row_tiles)) continue;
-          attempt({size.row_tiles, size.depth, parts, best[i].ahead});
+          attempt({size.row_tiles, size.depth, parts});
         }
       }
-      for (const int ahead : {0, 32, 64, 128, 256}) attempt({best[i].row_tiles, best[i].depth, best[i].parts, ahead});
       times[i] = least;
     }
   }
@@ -220,10 +218,10 @@ void tune(const Shape& shape, int tokens) {
     const float us = i == 4 ? times[4] : times[order[3]];
     const int64_t read = i == 4 ? weights[4]->row_bytes() * weights[4]->outputs : bytes;
     std::printf("{\"name\": \"%s\", \"precision\": \"%s\", \"out\": %d, \"contraction\": %d, \"tokens\": %d, "
-                "\"tiles\": {\"row_tiles\": %d, \"depth\": %d, \"parts\": %d, \"ahead\": %d}, \"microseconds\": %.2f, "
+                "\"tiles\": {\"row_tiles\": %d, \"depth\": %d, \"parts\": %d}, \"microseconds\": %.2f, "
                 "\"weights_tb_s\": %.3f}\n",
                 names[i], shape.quantized ? "int8" : "bf16", weights[i]->outputs, weights[i]->contraction, tokens,
-                best[i].row_tiles, best[i].depth, best[i].parts, best[i].ahead, us, read / us / 1e6);
+                best[i].row_tiles, best[i].depth, best[i].parts, us, read / us / 1e6);
   }
   std::fflush(stdout);
 }

@@ -91,7 +91,7 @@ def test_measured_tiles_are_for_weights_of_mistral_small():
 
 def test_scratch_memory_follows_the_kernels_order():
     config = MISTRAL_SMALL
-    tiles = (decode_cuda.ProductTiles(2, 6, 1, 64),) * 4
+    tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
     sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 32, 4 * 5120, 4 * 32768, 1024]
     expected = sum(-(-size // 256) * 256 for size in sizes)
     assert decode_cuda.scratch_bytes(config, 1, 16, tiles) == expected
