@@ -7,8 +7,8 @@
 // transposed, are the left operand and softmax's weights the right one. Lanes load both operands as they need them, 8
 // numbers at once, so nothing goes through shared memory; which numbers of a head are one step of the contraction is any,
 // if both operands have the same. Weights are two bf16 numbers each, high and low, which hold 16 bits of them. The next
-// keys are on their way while this turn's values are used, and the L2 cache is asked for those after; the first of older
-// steps before the kernel waits for its predecessor.
+// keys are on their way while this turn's values are used. Before the kernel waits for its predecessor it loads the first
+// of older steps, and asks the L2 cache for the next.
 //
 // The cache is bf16, or int8 with a scale for each slot and head (kv_cache.py): scores are multiplied by the scales of
 // keys, weights by those of values.
@@ -270,7 +270,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   load_keys(page, start);
   load_values(page, start);
   page = later;
-  later = page_at(start + 2 * kTurn);
   ask_for(page, start + kTurn);
   const int slot = a.slot[token];
   constexpr int kRotated = ((kGroup + 2) * kDim / 2 + kAttentionThreads - 1) / kAttentionThreads;
@@ -432,9 +431,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
       use(out[4 * j + 3], rows[0].w, rows[1].w, rows[2].w, rows[3].w);
     }
     load_values(page, first + kTurn);
-    page = later;
-    ask_for(page, first + 2 * kTurn);
-    later = page_at(first + 3 * kTurn);
+    page = page_at(first + 2 * kTurn);
   }
 
 #pragma unroll
