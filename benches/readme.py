@@ -67,56 +67,28 @@ def convert(result: dict[str, Any]) -> str:
     )
 
 
-def steps(results: list[dict[str, Any]]) -> str:
-    """One table: speeds of executables compiled on the device, and beside them of those compiled elsewhere."""
-    here, elsewhere = (next(r for r in results if r["compiled"] == place) for place in ("here", "elsewhere"))
-    others = {(row["mode"], row["what"], row["batch"], row["context"]): row for row in elsewhere["rows"]}
-    names = {"decode": "decode, {batch} x {context}", "prompt": "a prompt of {context}"}
-    rows = []
-    for row in here["rows"]:
-        other = others.get((row["mode"], row["what"], row["batch"], row["context"]))
-        digits = 1 if row["what"] == "decode" else 0
-        rows.append(
-            [
-                row["mode"],
-                names[row["what"]].format(**row),
-                f"{row['step_ms']:.2f} ms",
-                f"{row['tok_s']:.{digits}f}",
-                f"{row['read_tb_s']:.2f} TB/s" if row["read_tb_s"] else f"{row['top_s']:.0f} TOP/s",
-                f"{other['tok_s']:.{digits}f}" if other else "",
-            ]
-        )
-    head = ["mode", "work, batch x context", "step", "tok/s per sequence", "rate", "tok/s, compiled without a GPU"]
-    facts = [
-        f"- mode {name}, compiled {place}: {mode['units']} executables of {mode['bytes'] / 1e6:.0f} MB, "
-        f"{mode['compile_unit_seconds'] / mode['units']:.0f} s of compiling each, all loaded in "
-        f"{mode['load_seconds']:.1f} s, compile events: {mode['compile_events']}"
-        for result, place in ((here, "on the device"), (elsewhere, "without a GPU"))
-        for name, mode in result["modes"].items()
-    ]
-    return f"{where(here)}; `benches/steps.py`:\n\n{table(head, rows)}\n\n" + "\n".join(facts)
-
-
 def headline(results: list[dict[str, Any]]) -> str:
-    """The first thing a reader sees: batch 1 at a context of 256, and the time to start."""
-    start = next(result for result in results if result["bench"] in ("startup", "loading"))
-    speeds = next((result for result in results if result["bench"] == "latency"), None)
-    if speeds is not None:
-        found = [row for row in speeds["rows"] if (row["batch"], row["context"]) == (1, 256)]
-        tok_s = {row["mode"]: row["decode_tok_s_per_seq"] for row in found if row["mode"] in ("S", "XL")}
-    else:
-        speeds = next(result for result in results if result["bench"] == "steps")
-        found = [row for row in speeds["rows"] if (row["what"], row["batch"], row["context"]) == ("decode", 1, 256)]
-        tok_s = {row["mode"]: row["tok_s"] for row in found}
-    each_mode = " and ".join(f"{value:.0f} tokens a second in mode {mode}" for mode, value in tok_s.items())
-    peer = next((row["decode_tok_s_per_seq"] for row in found if row["mode"] == "transformers-compile"), None)
-    if peer is not None:
+    """The first thing a reader sees: batch 1 at a context of 256 on the fastest device, and the time to start."""
+
+    def at_anchor(result: dict[str, Any]) -> dict[str, float]:
+        found = [row for row in result["rows"] if (row["batch"], row["context"]) == (1, 256)]
+        return {row["mode"]: row["decode_tok_s_per_seq"] for row in found}
+
+    latency = [result for result in results if result["bench"] == "latency"]
+    if not latency:
+        return ""
+    speeds = max(latency, key=_fastest)
+    tok_s, device = at_anchor(speeds), speeds["environment"]["device"]
+    each_mode = " and ".join(f"{tok_s[mode]:.0f} tokens a second in mode {mode}" for mode in ("S", "XL"))
+    if (peer := tok_s.get("transformers-compile")) is not None:
         each_mode += f" ({peer:.0f} with transformers and torch.compile)"
+    starts = [result for result in results if result["bench"] in ("startup", "loading")]
+    start = next((result for result in starts if result["environment"]["device"] == device), starts[0])
     seconds = max(row["process_to_token_s"] for row in start["rows"])
-    devices = [result["environment"]["device"] for result in (speeds, start)]
-    where_started = "a new process" if devices[0] == devices[1] else f"on one {devices[1]} a new process"
+    started = start["environment"]["device"]
+    where_started = "a new process" if started == device else f"on one {started} a new process"
     return (
-        f"On one {devices[0]}, Mistral-Small-3.1-24B's shape generates {each_mode}, and {where_started} "
+        f"On one {device}, Mistral-Small-3.1-24B's shape generates {each_mode}, and {where_started} "
         f"gives its first token in mode {start['mode']} after {seconds:.0f} s ([how](#measured))."
     )
 
@@ -152,14 +124,19 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 
 def latencies(results: list[dict[str, Any]]) -> str:
-    """Each device's table, with the distances measured on the same device."""
+    """Each device's table, the fastest first, with the distances measured on the same device."""
     fidelities = {r["environment"]["device"]: r for r in results if r["bench"] != "latency"}
-    tables = [result for result in results if result["bench"] == "latency"]
-    return "\n\n".join(readme_speed.latency(r, fidelities.get(r["environment"]["device"])) for r in tables)
+    tables = sorted((r for r in results if r["bench"] == "latency"), key=_fastest, reverse=True)
+    told = [readme_speed.latency(r, fidelities.get(r["environment"]["device"])) for r in tables]
+    return "\n\n".join(["### Latency", *told])
+
+
+def _fastest(latency: dict[str, Any]) -> float:
+    return max(row["decode_tok_s_per_seq"] for row in latency["rows"])
 
 
 SECTIONS = {
-    "headline": Section(("*/latency.json", "*/steps.json", "*/startup.json"), headline),
+    "headline": Section(("*/latency.json", "*/startup.json"), headline),
     "latency": Section(("*/latency.json", "nvidia-*/fidelity.json"), latencies, optional=True),
     "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
     "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
@@ -168,7 +145,6 @@ SECTIONS = {
     "fidelity": Section(("cpu-*/fidelity.json", "nvidia-*/fidelity.json"), fidelity),
     "context": Section(("*/context.json",), each(context)),
     "convert": Section(("*/convert.json",), each(convert)),
-    "steps": Section(("*/steps.json", "*/steps-cross.json"), steps),
     "startup": Section(("*/startup.json",), each(readme_speed.startup)),
     "greedy": Section(("nvidia-*/greedy.json",), each(greedy)),
 }

@@ -64,17 +64,16 @@ def latency(result: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> st
     head = ["mode", "batch x context", "tok/s per sequence", "tok/s in all", "TTFT, ms", "TPOT p50 / p99, ms"]
     head += ["TB/s read", "of the limit", "prompt TOP/s", "peak GiB", "busy", "compile events"]
     lines = [
-        "### Latency",
         f"{result['model']} with random weights on one {where(result)}; 100 new tokens, medians of "
         f"{min(row['repeats'] for row in result['rows'])} runs or more after 2 warm-ups, other prompts every time "
         f"(`benches/latency.py`, `benches/peers.py`; `benches/latency_rows.py` has every formula). "
         "tok/s per sequence = (new tokens - 1) / (time of all - time of the first). The limit is "
-        f"{result['limit_tb_s']:.2f} TB/s of reading.",
+        f"{result['limit_tb_s']:.2f} TB/s of reading. {_when(result)}",
         table(head, rows),
         f"![tok/s against context]({plot_name(result)})",
     ]
     if any(row["provisional"] for row in result["rows"]):
-        lines.insert(3, f"{PROVISIONAL} The plan is provisional: no search has found it.")
+        lines.insert(2, f"{PROVISIONAL} The plan is provisional: no search has found it.")
     peers = _against_peers(result["rows"])
     lines += [peers] if peers else []
     apart = [mode for mode, anchor in result["anchors"].items() if not anchor["within_2_percent"]]
@@ -85,6 +84,12 @@ def latency(result: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> st
     left = [line for run in result["runs"] for line in run["skipped"] if "KV slots" in line]
     lines += [f"Left out, since it does not fit: {line}." for line in dict.fromkeys(left)]
     return "\n\n".join(lines)
+
+
+def _when(result: Mapping[str, Any]) -> str:
+    """Days and commits of a table's commands."""
+    runs = sorted({(run["id"][:10], run["environment"]["commit"][:7]) for run in result["runs"]})
+    return "Measured on " + ", ".join(f"{day} at commit {commit}" for day, commit in runs) + "."
 
 
 def _against_peers(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -105,7 +110,8 @@ def _kl(fidelity: Mapping[str, Any]) -> str:
         if row["dtype"] != "float32":
             kl[row["mode"]].append(f"{row['kl']:.4f} ({row['role']} tokens)")
     told = "; ".join(f"{mode} {', '.join(values)}" for mode, values in kl.items())
-    return f"KL in nats of the same steps to float32, SmolLM2-135M-Instruct on the same device: {told}."
+    commit = fidelity["environment"]["commit"][:7]
+    return f"KL in nats to float32 on the same device at commit {commit}, SmolLM2-135M-Instruct: {told}."
 
 
 def startup(result: Mapping[str, Any]) -> str:

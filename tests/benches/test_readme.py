@@ -19,8 +19,15 @@ def result(**changes: Any) -> dict[str, Any]:
             row = row_of(mode, cell, [run] * 3, Sizes(23 * 10**9, 163840, 22 * 10**9, 4.47))
             more = {"peak_gib": 40.0, "compile_events": 0, "provisional": mode == "S"}
             rows.append({**row, **more, "busy_fraction": None if "-" in mode else 0.99})
-    run = {"id": "1", "model": "A shape", "limit_tb_s": 4.47, "anchors": {"S": [100.0, 101.0]}, "skipped": []}
-    environment = {"device": "NVIDIA X1", "cores": 16, "versions": {"jax": "0"}}
+    environment = {"device": "NVIDIA X1", "cores": 16, "versions": {"jax": "0"}, "commit": "0123456789"}
+    run = {
+        "id": "2026-01-02T03:04:05Z 0123456",
+        "environment": environment,
+        "model": "A shape",
+        "limit_tb_s": 4.47,
+        "anchors": {"S": [100.0, 101.0]},
+        "skipped": [],
+    }
     return merged(None, environment, run | changes, rows)
 
 
@@ -49,6 +56,7 @@ def test_a_latency_table_fills_its_section_and_the_headline(folder: Path):
     assert "167 tokens a second in mode S and 91 tokens a second in mode XL" in text
     assert "| S\\* | 1 x 256 | 166.7 | 167 |" in text
     assert "The plan is provisional" in text
+    assert "Measured on 2026-01-02 at commit 0123456." in text
     assert "S 2.67 times transformers-compile at 1 x 256" in text
     assert "(docs/latency-nvidia-x1.svg)" in text
     assert readme.rendered(text, folder) == text  # nothing grows when it is run again
@@ -106,8 +114,13 @@ def test_kernels_have_a_table_each_with_a_column_for_each_size():
 
 
 def test_kl_of_the_same_device_stands_beside_the_table():
-    fidelity = {"rows": [{"mode": "S", "dtype": "bfloat16", "role": "prompt", "kl": 0.0351}]}
-    assert "S 0.0351 (prompt tokens)" in readme_speed.latency(result(), fidelity)
+    fidelity = {
+        "environment": {"commit": "89abcdef"},
+        "rows": [{"mode": "S", "dtype": "bfloat16", "role": "prompt", "kl": 0.0351}],
+    }
+    text = readme_speed.latency(result(), fidelity)
+    assert "at commit 89abcde" in text
+    assert "S 0.0351 (prompt tokens)" in text
 
 
 def test_the_limit_of_a_row_is_its_speed_if_reading_were_all():
