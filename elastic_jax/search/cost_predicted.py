@@ -1,8 +1,8 @@
 """Costs predicted from a description of a GPU that need not be here: the larger of reading and multiplying.
 
 Predictions decide between choices where nothing was measured; everything made from them says so. The fractions of the
-data sheet's numbers that are reached are those of whole steps of Mistral-Small's shape in modes XL and S on one H100
-(README, "Latency": one sequence, contexts of 256 and 4096).
+data sheet's numbers that are reached are those of whole steps of Mistral-Small's shape in modes XL and S on one H200
+(README, "Latency").
 """
 
 import re
@@ -21,11 +21,14 @@ _BF16_OPERATIONS = {80: 2048, 86: 1024, 89: 1024, 90: 4096}
 """Dense bf16 operations (a multiplication and an addition are two) per clock and multiprocessor, from a compute
 capability on (NVIDIA's architecture whitepapers); int8 has twice as many."""
 
-_READING = {"bf16": 0.85, "int8": 0.79}
+_READING = {"bf16": 0.85, "int8": 0.77}
 """Fraction of the memory's bandwidth, by stored precision."""
 
 _MULTIPLYING = {"bf16": 0.58, "int8": 0.55}
 """Fraction of the dense operations."""
+
+_EACH_TOKEN = 2.5e-6
+"""Seconds of a layer for each generated token, beside what is read: attention and packed activations."""
 
 _BLOCK_SCALES = 1.2
 """Time of a product with block scales over one without (`benches/decode.py` on an H100: of a whole step)."""
@@ -84,7 +87,7 @@ def _attention(config: ModelConfig, workload: Workload, bucket: Bucket, bandwidt
     """Seconds of all layers: generated tokens read their contexts, prompt tokens multiply with half of theirs."""
     if bucket.generated:
         read = bucket.generated * workload.context * kv_bytes(config)
-        return read / (bandwidth * _READING["bf16"])
+        return read / (bandwidth * _READING["bf16"]) + bucket.generated * config.num_layers * _EACH_TOKEN
     context = max(bucket.prompt, workload.prompt_tokens) / 2
     multiplied = 4 * bucket.prompt * context * config.q_size * config.num_layers
     return multiplied / (operations * _MULTIPLYING["bf16"])
