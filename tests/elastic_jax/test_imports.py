@@ -1,4 +1,5 @@
-"""What importing the package and asking for help cost: neither may load JAX. Each in a fresh process."""
+"""Importing the package and asking for help load nothing heavy, which is what makes them quick (benches/imports.py). Each
+in a fresh process."""
 
 import os
 import subprocess
@@ -9,43 +10,35 @@ import pytest
 HEAVY = {"jax", "jaxlib", "numpy", "flax", "orbax", "tokenizers", "transformers", "huggingface_hub", "rich"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PYTHONPATH")}
 
-TIMED = """
-import sys, time
-start = time.process_time()
+SCRIPT = """
+import sys
 {statement}
-print(time.process_time() - start, *({heavy!r} & set(sys.modules)))
+print(*({heavy!r} & set(sys.modules)))
 """
 
 
-def run_fresh(statement: str, heavy: set[str]) -> tuple[float, list[str]]:
-    """Processor seconds, which do not depend on what else runs here, and the heavy modules that were loaded."""
-    script = TIMED.format(statement=statement, heavy=heavy)
+def loaded_by(statement: str, heavy: set[str]) -> list[str]:
+    """The heavy modules that a fresh process has loaded."""
+    script = SCRIPT.format(statement=statement, heavy=heavy)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    seconds, *loaded = done.stdout.split("\n")[-2].split()
-    return float(seconds), loaded
+    return done.stdout.split("\n")[-2].split()
 
 
-def test_importing_the_package_is_quick_and_loads_no_jax() -> None:
-    seconds, loaded = run_fresh("import elastic_jax", HEAVY)
-    assert loaded == []
-    assert seconds < 0.3
+def test_importing_the_package_loads_no_jax() -> None:
+    assert loaded_by("import elastic_jax", HEAVY) == []
 
 
 @pytest.mark.parametrize("name", ["elastic_jax.cli", "elastic_jax.cli_doctor", "elastic_jax.doctor"])
 def test_the_command_line_and_the_doctor_load_no_jax(name: str) -> None:
-    _, loaded = run_fresh(f"import {name}", HEAVY - {"rich"})
-    assert loaded == []
+    assert loaded_by(f"import {name}", HEAVY - {"rich"}) == []
 
 
-def test_help_takes_less_than_half_a_second_of_processor_time() -> None:
+def test_help_loads_no_jax() -> None:
     statement = (
         "from elastic_jax import cli\nsys.argv = ['elastic-jax', '--help']\ntry: cli.main()\nexcept SystemExit: pass"
     )
-    seconds, loaded = run_fresh(statement, HEAVY - {"rich"})
-    assert loaded == []
-    assert seconds < 0.5
+    assert loaded_by(statement, HEAVY - {"rich"}) == []
 
 
 def test_names_are_there_once_asked_for() -> None:
-    _, loaded = run_fresh("import elastic_jax\nassert elastic_jax.ElasticMistral.load", {"jax"})
-    assert loaded == ["jax"]
+    assert loaded_by("import elastic_jax\nassert elastic_jax.ElasticMistral.load", {"jax"}) == ["jax"]
