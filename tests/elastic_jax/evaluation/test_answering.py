@@ -44,7 +44,11 @@ def answer(task, model, folder, limit=None, chunk=3):
     return found.only(tasks.digests(asked)).items, told
 
 
-@pytest.mark.parametrize("name", list(items.SOURCES))
+# One that compares log-likelihoods and one that generates are quick enough for every run.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("piqa", "gsm8k") else pytest.param(name, marks=pytest.mark.slow) for name in items.SOURCES],
+)
 def test_what_is_right_is_what_lm_eval_finds(item_folder, tmp_path, name):
     from lm_eval.evaluator import evaluate
 

@@ -32,6 +32,7 @@ def scored(forward):
     return scores
 
 
+@pytest.mark.slow
 def test_scores_rank_groups_and_choices_as_measured_plans_do(forward):
     scores, meter = scored(forward), PlanMeter(forward)
     assert scores.ends == ("alone",)
