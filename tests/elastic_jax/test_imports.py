@@ -1,5 +1,4 @@
-"""Importing the package and asking for help load nothing heavy, which is what makes them quick (benches/imports.py). Each
-in a fresh process."""
+"""Importing the package and asking for help load nothing heavy, which makes them quick (benches/imports.py)."""
 
 import os
 import subprocess
