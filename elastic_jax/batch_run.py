@@ -5,9 +5,12 @@ far as the engine has rows, and written in the order in which they end.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -64,11 +67,28 @@ def read_done(source: Path, out: Path) -> set[int]:
             raise RequestError(f"{out} holds something else than answers of a batch: name another file") from None
         if number not in names or names[number] != name:
             raise RequestError(
-                f"{out} holds the answers to another batch (line {number} there is {name!r}, in {source} it is "
+                f"{out} holds the answers to another batch (line {number} there is {name!r}, and here "
                 f"{names.get(number)!r}): name another file"
             )
         done.add(number)
     return done
+
+
+@contextlib.contextmanager
+def rereadable(source: Path) -> Iterator[Path]:
+    """`source`, or a copy for the time being of what can be read only once, as a pipe can.
+
+    Raises:
+        OSError: it cannot be read, or not be copied.
+    """
+    if source.is_file():
+        yield source
+        return
+    with tempfile.NamedTemporaryFile(prefix="elastic-jax-", suffix=".jsonl") as copy:
+        with source.open("rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def lines(source: Path) -> Iterator[tuple[int, bytes]]:
