@@ -19,7 +19,7 @@ from typing import Any
 
 from elastic_jax.batch_requests import BatchRequest, completion, custom_id_of, parse_request
 from elastic_jax.elastic import ElasticMistral
-from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.errors import DeviceMemoryError, ElasticError, RequestError
 from elastic_jax.generation import Generation
 from elastic_jax.system_errors import about
 
@@ -114,6 +114,7 @@ def run_batch(
     Raises:
         RequestError: `out` is no output of `source`.
         OSError: a file cannot be read or written.
+        DeviceMemoryError: the device ran out of memory. Lines that are not answered are left for a later run.
     """
     done = read_done(source, out)
     result = BatchResult(done=len(done))
@@ -186,6 +187,8 @@ def _answer_line(
         if twice:
             raise RequestError(f"custom_id {name!r} was used by a line before")
         body = completion(request, _generate(model, request, stop), model.plan.name)
+    except DeviceMemoryError:  # no fault of the line's: it is left for the next run
+        raise
     except ElasticError as error:
         code = "invalid_request" if isinstance(error, RequestError) else "failed"
         return answer | {"error": {"code": code, "message": str(error)}}
