@@ -5,9 +5,12 @@ far as the engine has rows, and written in the order in which they end.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from io import FileIO
@@ -16,7 +19,7 @@ from typing import Any
 
 from elastic_jax.batch_requests import BatchRequest, completion, custom_id_of, parse_request
 from elastic_jax.elastic import ElasticMistral
-from elastic_jax.errors import ElasticError, RequestError
+from elastic_jax.errors import DeviceMemoryError, ElasticError, RequestError
 from elastic_jax.generation import Generation
 from elastic_jax.system_errors import about
 
@@ -64,11 +67,28 @@ def read_done(source: Path, out: Path) -> set[int]:
             raise RequestError(f"{out} holds something else than answers of a batch: name another file") from None
         if number not in names or names[number] != name:
             raise RequestError(
-                f"{out} holds the answers to another batch (line {number} there is {name!r}, in {source} it is "
+                f"{out} holds the answers to another batch (line {number} there is {name!r}, and here "
                 f"{names.get(number)!r}): name another file"
             )
         done.add(number)
     return done
+
+
+@contextlib.contextmanager
+def rereadable(source: Path) -> Iterator[Path]:
+    """`source`, or a copy for the time being of what can be read only once, as a pipe can.
+
+    Raises:
+        OSError: it cannot be read, or not be copied.
+    """
+    if source.is_file():
+        yield source
+        return
+    with tempfile.NamedTemporaryFile(prefix="elastic-jax-", suffix=".jsonl") as copy:
+        with source.open("rb") as pipe:
+            shutil.copyfileobj(pipe, copy)
+        copy.flush()
+        yield Path(copy.name)
 
 
 def lines(source: Path) -> Iterator[tuple[int, bytes]]:
@@ -94,6 +114,7 @@ def run_batch(
     Raises:
         RequestError: `out` is no output of `source`.
         OSError: a file cannot be read or written.
+        DeviceMemoryError: the device ran out of memory. Lines that are not answered are left for a later run.
     """
     done = read_done(source, out)
     result = BatchResult(done=len(done))
@@ -166,6 +187,8 @@ def _answer_line(
         if twice:
             raise RequestError(f"custom_id {name!r} was used by a line before")
         body = completion(request, _generate(model, request, stop), model.plan.name)
+    except DeviceMemoryError:  # no fault of the line's: it is left for the next run
+        raise
     except ElasticError as error:
         code = "invalid_request" if isinstance(error, RequestError) else "failed"
         return answer | {"error": {"code": code, "message": str(error)}}

@@ -42,6 +42,7 @@ from elastic_jax.cli_options import (
     progress_bar,
 )
 from elastic_jax.cli_search import calibrate
+from elastic_jax.device_memory import explained
 from elastic_jax.errors import ElasticError
 from elastic_jax.offline import go_offline
 from elastic_jax.system_errors import describe as describe_error
@@ -358,7 +359,8 @@ def _run(command: Callable[[], Any]) -> None:
     """Runs a command; an expected error becomes one message and status 1."""
     plugin_log.keep(lambda message: note(message, quiet=False))
     try:
-        command()
+        with explained():
+            command()
     except ElasticError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)

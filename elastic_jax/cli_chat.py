@@ -34,6 +34,7 @@ from elastic_jax.cli_options import (
 )
 from elastic_jax.errors import ElasticError, RequestError
 from elastic_jax.interrupts import interruptible
+from elastic_jax.system_errors import describe
 
 if TYPE_CHECKING:
     from elastic_jax.chat import Conversation, Turn
@@ -139,7 +140,7 @@ class _Session:
             except (ElasticError, OSError) as error:
                 if not typed:
                     raise
-                note(f"error: {error}", quiet=False)
+                note(f"error: {describe(error) if isinstance(error, OSError) else error}", quiet=False)
 
     @property
     def _mode(self) -> str:
@@ -205,20 +206,26 @@ class _Session:
 
     def _change_mode(self, name: str) -> None:
         """Loads another mode in place of this one, since both may not fit; this one again if that fails."""
-        before = self._loaded
-        before.checkpoint.plan(name)  # a wrong name costs nothing
-        if name == before.plan.name:
+        old = None
+        if self._model is not None:
+            self._model.checkpoint.plan(name)  # a wrong name costs nothing
+            old = self._mode
+        if name == old:
             return
-        old = before.plan.name
-        del before
         self._model = None
         gc.collect()  # gives the device's memory back
         try:
             self._model = self._load(name)
         except ElasticError as error:
-            self._model = self._load(old)
-            raise type(error)(f"{error}\nmode {old} goes on") from None
-        note(f"mode {name}", self._as_json)
+            if old is None:
+                raise
+            failed = type(error)(f"{error}\nmode {old} goes on")
+        else:
+            note(f"mode {name}", self._as_json)
+            return
+        # Not while the error is handled: it may hold what had been loaded before it.
+        self._model = self._load(old)
+        raise failed
 
     def _answer(self, text: str) -> None:
         turn: Turn | None = None

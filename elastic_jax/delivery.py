@@ -5,14 +5,17 @@ share the engine's steps. One lock guards the engine; it is held for one step at
 """
 
 import collections
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float32
 
+from elastic_jax.device_memory import explained
 from elastic_jax.engine import Engine, Event
+from elastic_jax.errors import DeviceMemoryError
 from elastic_jax.prompt_logits import prompt_logits
 from elastic_jax.requests import GenerateRequest, ScoreRequest
 
@@ -42,14 +45,17 @@ class Delivery:
         self._lock = threading.Lock()
         self._inboxes: dict[int, Inbox] = {}
         self._cancelled: collections.deque[tuple[int, int | None]] = collections.deque()
+        self._failure: str | None = None
 
     def submit(self, requests: Sequence[GenerateRequest | ScoreRequest]) -> Inbox:
         """Queues requests; all of them, or none.
 
         Raises:
             RequestError: one of them is impossible.
+            DeviceMemoryError: the device has run out of memory before.
         """
         with self._lock:
+            self._check_usable()
             for request in requests:
                 self._engine.limits.check(request)
             inbox = Inbox(tuple(self._engine.submit(request) for request in requests))
@@ -61,6 +67,7 @@ class Delivery:
 
         Raises:
             RuntimeError: none can come: the requests have ended.
+            DeviceMemoryError: the device has run out of memory, now or before.
         """
         while True:
             with self._lock:
@@ -69,6 +76,7 @@ class Delivery:
                     events = list(inbox.events)
                     inbox.events.clear()
                     return events
+                self._check_usable()
                 if not self._engine.busy:
                     raise RuntimeError("the requests have ended, or somebody else stepped the engine")
                 self._step()
@@ -78,18 +86,37 @@ class Delivery:
 
         Raises:
             RequestError: there is no token, or too many, or one outside the vocabulary.
+            DeviceMemoryError: the device has run out of memory, now or before.
         """
         self._engine.limits.check_prompt(tuple(tokens))
         while True:
             with self._lock:
                 self._cancel_now()
-                logits = prompt_logits(self._engine, tokens)
+                self._check_usable()
+                with self._failing():
+                    logits = prompt_logits(self._engine, tokens)
                 if logits is not None:
                     return logits
                 self._step()
 
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A step that the device could not run has taken the engine's state with it: nothing works after it."""
+        try:
+            with explained():
+                yield
+        except DeviceMemoryError as error:
+            self._failure = str(error)
+            raise
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise DeviceMemoryError(self._failure)
+
     def _step(self) -> None:
-        for event in self._engine.step():
+        with self._failing():
+            events = self._engine.step()
+        for event in events:
             if event.request in self._inboxes:
                 self._inboxes[event.request].events.append(event)
 
@@ -113,6 +140,7 @@ class Delivery:
     def _cancel_now(self) -> None:
         while self._cancelled:
             number, choice = self._cancelled.popleft()
-            self._engine.cancel(number, choice)
+            if self._failure is None:
+                self._engine.cancel(number, choice)
             if choice is None:
                 self._inboxes.pop(number, None)

@@ -10,6 +10,7 @@ from aot_cache.target import Device, Target
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.delivery import Delivery
 from elastic_jax.device import default_device
+from elastic_jax.device_memory import explained
 from elastic_jax.engine import Engine
 from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.executables import ModeStore
@@ -123,6 +124,7 @@ class ElasticMistral:
             ExecutableError: executables are missing, damaged, made for something else (`MismatchError`), or not to be
                 trusted (`TrustError`).
             MemoryPlanError: the mode does not fit on the device.
+            DeviceMemoryError: it would have, but something else has taken the memory meanwhile.
         """
         if on_missing not in ("error", "compile"):
             raise ConfigError(f'on_missing must be "error" or "compile", found {on_missing!r}')
@@ -164,8 +166,9 @@ class ElasticMistral:
             pool = usable_pool(
                 store, on_missing, kv_slots=kv_slots, max_context=max_context, workers=threads, say=say or _say
             )
-        parts = load_parts(store, pool.step, trust=trust, preload=preload, workers=threads, phases=phases)
-        with phases.measure("state"):
+        with explained():
+            parts = load_parts(store, pool.step, trust=trust, preload=preload, workers=threads, phases=phases)
+        with phases.measure("state"), explained():
             runner = Runner(checkpoint.config, pool.step, parts.units, parts.weights, device)
             engine = Engine(runner, max_context or pool.step.max_context)
         phases.finish()
@@ -226,6 +229,7 @@ class ElasticMistral:
 
         Raises:
             RequestError: a prompt is empty or too long, or an argument is out of range. Nothing has run then.
+            DeviceMemoryError: the device ran out of memory. The model must be loaded again.
         """
         many, listed = list_prompts(prompts)
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())

@@ -41,6 +41,10 @@ class MemoryPlanError(ElasticError):
     """What was asked for does not fit in the device's memory."""
 
 
+class DeviceMemoryError(ElasticError):
+    """The device ran out of memory although what was asked for had fitted: the loaded model is of no use any more."""
+
+
 class RequestError(ElasticError, ValueError):
     """A request to the engine is impossible: an empty or too long prompt, a parameter out of range."""
 

@@ -262,15 +262,7 @@ class ElasticForCausalLM:
         run = functools.partial(
             generating.run, self.elastic.delivery, self.elastic.tokenizer, prompts, wanted, config.vocab_size
         )
-        if streamer is None:
-            rows = run()
-        else:
-            put = streamer.put
-            put(back(ids))
-            try:
-                rows = run(on_token=lambda token: put(back(np.array([token], ids.dtype))))
-            finally:
-                streamer.end()  # whoever iterates over it must not wait for ever
+        rows = run() if streamer is None else generating.streamed(run, streamer, ids, back)
         sequences = back(generating.assemble(ids, rows, wanted))
         if not wanted.as_dict:
             return sequences

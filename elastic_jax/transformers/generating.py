@@ -153,6 +153,30 @@ def run(
         delivery.close(inbox)
 
 
+def streamed(
+    generate: Callable[..., list[Row]], streamer: Any, ids: Integer[np.ndarray, "1 width"], back: Callable[..., Any]
+) -> list[Row]:
+    """Runs one answer whose prompt and tokens a streamer is given.
+
+    Args:
+        generate: `run` with all its arguments but `on_token`.
+        streamer: has `put` and `end`, as transformers' streamers.
+        ids: the prompt.
+        back: makes arrays of the library that the streamer is to get.
+
+    Raises:
+        RequestError: it is no streamer; or as `run`.
+    """
+    put, end = getattr(streamer, "put", None), getattr(streamer, "end", None)
+    if put is None or end is None:
+        raise RequestError(f"streamer must have put and end, as TextStreamer has, found {streamer!r:.80}")
+    put(back(ids))
+    try:
+        return generate(on_token=lambda token: put(back(np.array([token], ids.dtype))))
+    finally:
+        end()  # whoever iterates over it must not wait for ever
+
+
 def _check_scores_fit(settings: GenerationSettings, rows: int, vocab: int) -> None:
     kinds = settings.as_dict * (settings.scores + settings.logits)
     check_host_memory(

@@ -1,12 +1,16 @@
 """`pipeline("text-generation")`: texts and conversations in, texts and conversations out, as transformers' gives them.
 
-All prompts of a call run together, whatever `batch_size` says; answers are those of prompts run alone.
+All prompts of a call run together, whatever `batch_size` says; answers are those of prompts run alone. With a streamer
+they run one after the other, since it takes one answer at a time.
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.transformers import generating, settings
@@ -157,8 +161,8 @@ class TextGenerationPipeline:
             text_inputs: a text, a chat (a list of messages with role and content), or a list or generator of either.
             options: return_full_text, return_tensors, return_text, prefix, continue_final_message, tools, documents,
                 skip_special_tokens, clean_up_tokenization_spaces, add_special_tokens, truncation,
-                tokenizer_encode_kwargs, stop_sequence, batch_size and num_workers (without effect), `seed`, and
-                everything that `generate` takes. The defaults are transformers': 256 new tokens, sampled at 0.7.
+                tokenizer_encode_kwargs, stop_sequence, batch_size and num_workers (without effect), `seed`, `streamer`,
+                and everything that `generate` takes. The defaults are transformers': 256 new tokens, sampled at 0.7.
 
         Returns:
             For one prompt a list of `{"generated_text": ...}`, one an answer; for several a list of such lists; for a
@@ -209,19 +213,22 @@ class TextGenerationPipeline:
 
     def _run(self, prompts: list[_Prompt], way: PipelineOptions, arguments: dict[str, Any]) -> list[Any]:
         arguments = dict(arguments)
-        seed = arguments.pop("seed", None)
+        seed, streamer = arguments.pop("seed", None), arguments.pop("streamer", None)
         merged = self._with_defaults(settings.merge(arguments, arguments.pop("generation_config", None), None))
         model = self.model
         positions = model.elastic.checkpoint.config.max_position_embeddings
         wanted = [self._settings(merged, prompt, positions, seed) for prompt in prompts]
+        if streamer is not None and wanted[0].choices > 1:
+            raise RequestError(f"a streamer takes one answer a prompt, and {wanted[0].choices} were asked for")
         answers: list[list[Row]] = [[] for _ in prompts]
         start = 0
         while start < len(prompts):  # neighbours that ask for the same run together: all, but for total lengths
             stop = start + 1
-            while stop < len(prompts) and wanted[stop] == wanted[start]:
+            while streamer is None and stop < len(prompts) and wanted[stop] == wanted[start]:
                 stop += 1
             choices = wanted[start].choices
-            rows = generating.run(
+            run = functools.partial(
+                generating.run,
                 model.elastic.delivery,
                 model.elastic.tokenizer,
                 [prompt.tokens for prompt in prompts[start:stop]],
@@ -229,6 +236,8 @@ class TextGenerationPipeline:
                 model.elastic.checkpoint.config.vocab_size,
                 first=start,
             )
+            ids = np.array([prompts[start].tokens])
+            rows = run() if streamer is None else generating.streamed(run, streamer, ids, lambda array: array)
             for index in range(start, stop):
                 answers[index] = rows[(index - start) * choices : (index - start + 1) * choices]
             start = stop
@@ -325,6 +334,6 @@ def _split(options: Mapping[str, Any]) -> tuple[PipelineOptions, dict[str, Any]]
     way = PipelineOptions(
         return_full_text=full is None or bool(full), return_tensors=bool(tensors), encoding=encoding, **own
     )
-    checked = {name: value for name, value in rest.items() if name != "seed"}
+    checked = {name: value for name, value in rest.items() if name not in ("seed", "streamer")}
     settings.merge(checked, checked.pop("generation_config", None), None)
     return way, rest

@@ -1,6 +1,7 @@
 """Batches: every line is answered once, whatever the others are, across interruptions."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny import CompiledTiny
 
 from elastic_jax import ElasticMistral
 from elastic_jax.batch_requests import CHAT, TEXT
-from elastic_jax.batch_run import run_batch
+from elastic_jax.batch_run import lines, rereadable, run_batch
 from elastic_jax.errors import RequestError
 
 
@@ -133,3 +134,18 @@ def test_what_is_no_output_of_the_batch_is_left_alone(model: ElasticMistral, sou
     with pytest.raises(RequestError, match="name another file"):
         run(model, source, out)
     assert out.read_text() == text
+
+
+def test_a_pipe_can_be_read_twice_too(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"one\n\ntwo\n",))
+    writer.start()
+    with rereadable(pipe) as copy:
+        assert list(lines(copy)) == list(lines(copy)) == [(1, b"one\n"), (3, b"two\n")]
+    writer.join(60)
+    assert not copy.exists()
+    file = tmp_path / "file"
+    file.write_bytes(b"one\n")
+    with rereadable(file) as same:
+        assert same == file

@@ -12,7 +12,8 @@ from tiny import CompiledTiny
 
 from elastic_jax import ElasticMistral, cli
 from elastic_jax.chat import Conversation, Turn
-from elastic_jax.errors import RequestError
+from elastic_jax.cli_chat import _Session
+from elastic_jax.errors import DeviceMemoryError, RequestError
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +106,25 @@ def test_a_wrong_line_of_a_pipe_ends_with_one_message(
     assert out == ""
     assert err.startswith("error: ")
     assert words in err
+
+
+def test_a_mode_can_be_chosen_after_none_could_be_loaded(model: ElasticMistral) -> None:
+    full = False
+
+    def load(name: str) -> ElasticMistral:
+        if full or name == "L":
+            raise DeviceMemoryError(f"no memory for {name}")
+        return model
+
+    session = _Session(load, "S", Conversation({}, 4), as_json=True)
+    with pytest.raises(DeviceMemoryError, match="mode S goes on"):
+        session._handle("/mode L")
+    assert session._handle("/mode S")
+    full = True
+    with pytest.raises(DeviceMemoryError, match="no memory for S"):
+        session._handle("/mode XL")
+    with pytest.raises(RequestError, match="choose one with /mode"):
+        session._handle("hello")
+    full = False
+    assert session._handle("/mode S")
+    assert session._handle("hello")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TextStreamer
 
 from elastic_jax.errors import ConfigError, RequestError
 from elastic_jax.transformers import AutoTokenizer, ElasticForCausalLM, TextGenerationPipeline, pipeline
@@ -55,6 +56,19 @@ def test_a_generator_gives_an_iterator(pipe: TextGenerationPipeline) -> None:
     answers = pipe((text for text in texts), **GREEDY)
     assert next(answers) == pipe("Hello", **GREEDY)
     assert list(answers) == [pipe("you", **GREEDY)]
+
+
+def test_a_streamer_is_given_one_answer_after_the_other(
+    pipe: TextGenerationPipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["Hello", "you"]
+    expected = pipe(texts, **GREEDY, return_full_text=False)
+    streamer = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    assert pipe(texts, **GREEDY, return_full_text=False, streamer=streamer) == expected
+    assert capsys.readouterr().out == "".join(f"{answer[0]['generated_text']}\n" for answer in expected)
+    for wrong, words in (({"num_return_sequences": 2}, "one answer a prompt"), ({"streamer": 5}, "put and end")):
+        with pytest.raises(RequestError, match=words):
+            pipe("Hello", max_new_tokens=2, **{"streamer": streamer, **wrong})
 
 
 def test_it_samples_256_tokens_by_default_and_a_seed_repeats_them(pipe: TextGenerationPipeline) -> None:
