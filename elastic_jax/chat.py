@@ -128,7 +128,7 @@ class Conversation:
         """
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with about(path):
+            with about(path, instead_of=partial):
                 partial.write_text(json.dumps(self.prompt, ensure_ascii=False, indent=1) + "\n", "utf-8")
             partial.replace(path)
         finally:

@@ -53,7 +53,7 @@ def write_file(path: Path, content: bytes) -> FileRecord:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with about(path), partial.open("wb") as file:
+        with about(path, instead_of=partial), partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

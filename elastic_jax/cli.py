@@ -22,6 +22,7 @@ from elastic_jax.cli_doctor import doctor
 from elastic_jax.cli_eval import evaluate
 from elastic_jax.cli_frontier import cost, frontier, search
 from elastic_jax.cli_generate import generate
+from elastic_jax.cli_help import Commands
 from elastic_jax.cli_options import (
     CheckpointArgument,
     CheckpointOrIdArgument,
@@ -51,8 +52,10 @@ from elastic_jax.workers import default_workers
 app = typer.Typer(
     name="elastic-jax",
     no_args_is_help=True,
+    cls=Commands,
     add_completion=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -376,6 +379,6 @@ def main() -> None:
 
 def convert_weights() -> None:
     """The `convert-weights` program: `elastic-jax convert` under its own name."""
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     single.command(name="convert-weights")(convert)
     _run(single)

@@ -13,8 +13,12 @@ _ADVICE = {
 
 
 @contextlib.contextmanager
-def about(path: Path) -> Iterator[None]:
+def about(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
     """Lets an error of the system that names no file name this one.
+
+    Args:
+        path: the file that the caller knows.
+        instead_of: one that stands for it until it is whole; an error that names it names `path` too.
 
     Raises:
         OSError: as it came, with the file's name.
@@ -22,7 +26,7 @@ def about(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.errno is None or error.filename not in (None, str(instead_of)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
 

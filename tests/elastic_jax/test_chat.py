@@ -92,7 +92,12 @@ def test_a_pipe_is_answered_line_by_line(
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [("/bogus", "/help"), ("/mode Q", "has no mode"), ("/save", "name of a file"), ("/save /nowhere/x", "")],
+    [
+        ("/bogus", "/help"),
+        ("/mode Q", "has no mode"),
+        ("/save", "name of a file"),
+        ("/save /nowhere/x", "/nowhere/x: No such file"),
+    ],
 )
 def test_a_wrong_line_of_a_pipe_ends_with_one_message(
     model: ElasticMistral,

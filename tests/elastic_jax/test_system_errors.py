@@ -22,3 +22,10 @@ def test_an_error_with_a_file_keeps_it() -> None:
     with pytest.raises(OSError, match=r"^words$") as caught, about(Path("there")):
         raise OSError("words")
     assert describe(caught.value) == "words"
+
+
+def test_a_file_that_stands_for_another_is_called_by_its_name() -> None:
+    for name, expected in (("there.partial", "there"), ("absent", "absent")):
+        with pytest.raises(FileNotFoundError) as caught, about(Path("there"), instead_of=Path("there.partial")):
+            Path(name).read_bytes()
+        assert describe(caught.value) == f"{expected}: No such file or directory"

@@ -68,6 +68,7 @@ WRONG = [
     Wrong("generate {absent} -p x", 1, ("absent",)),
     Wrong("chat {absent}", 1, ("absent",)),
     Wrong("info {source}", 1, ("convert",)),
+    Wrong("info {good} --plot {absent}/x.svg", 1, ("absent/x.svg: No such file",)),
     Wrong("info {damaged}", 1, ("damaged", "Copy the checkpoint again")),
     Wrong("generate {damaged} -p x", 1, ("damaged",)),
     Wrong("generate {garbled} -p x", 1, ("elastic.json",)),
