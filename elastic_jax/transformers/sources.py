@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from elastic_jax.checkpoint_format import MANIFEST
-from elastic_jax.demo_model import default_cache
+from elastic_jax.demo_model import CACHE_VARIABLE, default_cache
 from elastic_jax.errors import CheckpointError, ConfigError
 from elastic_jax.hub_id import is_hub_id, is_remote, refuse_revision
+from elastic_jax.system_errors import describe
 
 type Compile = Literal["once", "never"]
 """Whether a model may be converted, and a mode compiled, where that has not been done before."""
@@ -45,7 +46,8 @@ def find_checkpoint(
         say: is told what a conversion takes, and how far it is.
 
     Raises:
-        CheckpointError: it would have to be converted, and that is forbidden; or there is no such file or folder.
+        CheckpointError: it would have to be converted, and that is forbidden or the cache cannot be written; or there
+            is no such file or folder.
         ConversionError: it cannot be converted.
         HubError: it is on the Hub, and cannot be had.
     """
@@ -125,6 +127,18 @@ def _convert(source: str, target: Path, revision: str | None, token: str | None,
             tenths = done * 10 // total
             say(f"converting: {tenths * 10} %")
 
-    convert(
-        source, target, only=None, overwrite=False, revision=revision, token=token, workers=workers, progress=progress
-    )
+    try:
+        convert(
+            source,
+            target,
+            only=None,
+            overwrite=False,
+            revision=revision,
+            token=token,
+            workers=workers,
+            progress=progress,
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write to the cache {default_cache()}: {describe(error)}; set {CACHE_VARIABLE} to another folder"
+        ) from error

@@ -141,3 +141,12 @@ def test_the_model_cards_example_answers_with_the_cards_model(tmp_path: Path, sm
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "file").write_text("a file, and no folder")
+    monkeypatch.setenv("ELASTIC_JAX_CACHE", str(tmp_path / "file"))
+    with pytest.raises(
+        CheckpointError, match=r"cannot write to the cache .*file: .*; set ELASTIC_JAX_CACHE to another"
+    ):
+        AutoModelForCausalLM.from_pretrained(FOLDER, mode="M")
