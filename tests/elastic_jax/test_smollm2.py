@@ -157,6 +157,7 @@ def test_the_tokenizer_is_that_of_transformers(checkpoint: Checkpoint, reference
         assert tokenizer.apply_chat_template(case["messages"], case["add_generation_prompt"]) == case["ids"]
 
 
+@pytest.mark.slow
 def test_bf16_is_as_near_to_float32_as_that_of_transformers(
     checkpoint: Checkpoint,
     sizes: StepConfig,

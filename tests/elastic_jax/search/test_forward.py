@@ -79,6 +79,7 @@ def test_inputs_are_what_the_groups_read(forward):
     assert np.asarray(out) == pytest.approx(np.asarray(forward.layer(x, 0, ("bf16",) * 4, "prompt")))
 
 
+@pytest.mark.slow
 def test_several_devices_measure_what_one_does(forward, checkpoint_of):
     """The test's process has eight CPU devices."""
     devices = jax.devices()
