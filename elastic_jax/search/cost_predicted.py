@@ -28,7 +28,8 @@ _MULTIPLYING = {"bf16": 0.58, "int8": 0.55}
 """Fraction of the dense operations."""
 
 _EACH_TOKEN = 2.5e-6
-"""Seconds of a layer for each generated token, beside what is read: attention and packed activations."""
+"""Seconds of a layer for each generated token, beside what is read: attention and packed activations.
+Fitted to the same table's rows of 8 and 16 sequences."""
 
 _BLOCK_SCALES = 1.2
 """Time of a product with block scales over one without (`benches/decode.py` on an H100: of a whole step)."""

@@ -139,6 +139,9 @@ def _convert(source: str, target: Path, revision: str | None, token: str | None,
             progress=progress,
         )
     except OSError as error:
+        # What is wrong with the source's files is no matter of the cache.
+        if error.filename is None or not Path(error.filename).is_relative_to(default_cache()):
+            raise
         raise CheckpointError(
             f"cannot write to the cache {default_cache()}: {describe(error)}; set {CACHE_VARIABLE} to another folder"
         ) from error
