@@ -18,6 +18,8 @@ import jax
 from random_model import MISTRAL_SMALL
 from tiles import write_tiles
 
+from elastic_jax.kernels import decode_cuda
+
 KERNELS = Path(__file__).parent.parent / "elastic_jax" / "kernels"
 TABLE = KERNELS / "decode_tiles.json"
 KEPT = ("precision", "out", "contraction", "tokens", "tiles")
@@ -32,10 +34,12 @@ def tune(precisions: Iterable[str], tokens: Iterable[int], context: int, capabil
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tune"
         source = KERNELS / "cuda" / "tune.cu"
-        subprocess.run(["nvcc", "-O3", "-std=c++17", f"-arch=sm_{capability}", "-o", program, source], check=True)
+        arch = "sm_90a" if capability == 90 else f"sm_{capability}"
+        subprocess.run(["nvcc", "-O3", "-std=c++17", f"-arch={arch}", "-o", program, source], check=True)
         for precision in precisions:
             for count in tokens:
-                command = [program, *map(str, sizes), precision, str(count)]
+                kind = "streamed" if decode_cuda.streams(capability, count) else "packed"
+                command = [program, *map(str, sizes), precision, kind, str(count)]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 print(output, end="", flush=True)
                 lines += output.splitlines()

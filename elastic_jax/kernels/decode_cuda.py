@@ -7,6 +7,10 @@ of XLA and of Pallas's Triton backend do not. The mathematics is that of `model.
 order of float additions differs.
 
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
+
+There are two kinds of products. *Packed* ones (`cuda/products.cuh`) keep the activations of their part of a contraction
+in shared memory; they are for one or two tokens, and for GPUs before Hopper. *Streamed* ones (`cuda/streamed.cuh`) need
+Hopper's instructions, and are for more tokens. A layer's are all of one kind.
 """
 
 import dataclasses
@@ -61,11 +65,11 @@ _ALIGNMENT = 256
 
 
 class ProductTiles(NamedTuple):
-    """Sizes of one product; the kernels are built for those of `_BUILT`.
+    """Sizes of one product; the kernels are built for those of `_BUILT` (packed) and `_BUILT_STREAMED`.
 
     Attributes:
         row_tiles: times 8 outputs that a block computes at once.
-        depth: chunks of weights in flight a warp.
+        depth: chunks of weights in flight a warp; 1 of streamed products, which fill their shared memory.
         parts: blocks that share one contraction.
     """
 
@@ -78,8 +82,20 @@ _BUILT = (
     ((2, 6), (4, 3), (2, 8), (4, 4), (2, 4), (2, 3)),
     ((2, 12), (4, 8), (2, 8), (2, 7), (4, 4), (2, 6), (4, 3), (2, 4)),
 )
-"""(row_tiles, depth) that the kernels are built for (cuda/layer.cuh), the usually fastest first: for 8 tokens at most
-(and for bf16), and for more."""
+"""(row_tiles, depth) that packed products are built for (cuda/packed_layer.cuh), the usually fastest first: for 8 tokens
+at most (and for bf16), and for more."""
+
+_BUILT_STREAMED = (32, 24, 40, 64)
+"""row_tiles that streamed products are built for (cuda/streamed_layer.cuh); before SwiGLU, those divisible by 32."""
+
+_SCALED = 128
+"""Activations of a token that share a scale in streamed products: of each row, what is multiplied at once."""
+
+_HOPPER, _HOPPER_MULTIPROCESSORS = 90, 132
+"""Compute capability, and multiprocessors of H100 SXM and H200: sizes follow from them where none were measured."""
+
+_FEWEST_STREAMED = 3
+"""Tokens from which on streamed products are faster."""
 
 
 def library_path() -> Path:
@@ -215,8 +231,11 @@ def run_head(norm: RMSNorm, weight: Any, x: BFloat16[Array, "rows hidden"]) -> F
     register()
     capability = compute_capability(_NAME, _INSTEAD)
     rows, hidden = x.shape
-    tiles = choose_tiles(capability, weight, rows, paired=False, whole=True)
-    scratch = sum(map(_aligned, (2 * rows * hidden, 2 * _padded(rows) * hidden, 4 * rows)))
+    tiles = _head_tiles(capability, weight, rows)
+    sizes = [2 * rows * hidden, 2 * _padded(rows) * hidden]
+    blocks = hidden // _SCALED
+    sizes += [4 * _padded(rows) * blocks, 4 * rows * blocks] if tiles.row_tiles in _BUILT_STREAMED else [4 * rows]
+    scratch = sum(map(_aligned, sizes))
     logits, _ = jax.ffi.ffi_call(
         "elastic_decode_head",
         (
@@ -237,7 +256,7 @@ def takes_head(weight: Any, rows: int) -> bool:
         return False
     capability = compute_capability(_NAME, _INSTEAD)
     try:
-        choose_tiles(capability, weight, rows, paired=False, whole=True)
+        _head_tiles(capability, weight, rows)
     except ConfigError:
         return False
     return True
@@ -267,23 +286,41 @@ def _splits(tokens: int, kv_heads: int) -> int:
     return 1 << (max(1, min(16, 256 // (tokens * kv_heads))).bit_length() - 1)
 
 
+def streams(capability: int, tokens: int) -> bool:
+    """Whether so many tokens' products are streamed, where their shapes allow it."""
+    return capability == _HOPPER and tokens >= _FEWEST_STREAMED
+
+
 def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTiles, ...]:
-    qkv, o, gate_up, down = _weights(layer)
-    return (
-        choose_tiles(capability, qkv, tokens, paired=False, whole=False),
-        choose_tiles(capability, o, tokens, paired=False, whole=False),
-        choose_tiles(capability, gate_up, tokens, paired=True, whole=True),
-        choose_tiles(capability, down, tokens, paired=False, whole=False),
+    products = [
+        (weight, {"paired": paired, "whole": paired})
+        for weight, paired in zip(_weights(layer), (False, False, True, False), strict=True)
+    ]
+    config = layer.attention.config
+    streamed = (
+        streams(capability, tokens)
+        # A block of the attention rounds what it makes without knowing other blocks' (cuda/attention.cuh).
+        and config.num_heads // config.num_kv_heads * config.head_dim % _SCALED == 0
+        and all(list(fitting_streamed_tiles(weight, **kind)) for weight, kind in products)
     )
+    return tuple(choose_tiles(capability, weight, tokens, streamed=streamed, **kind) for weight, kind in products)
 
 
-def choose_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> ProductTiles:
+def _head_tiles(capability: int, weight: Any, rows: int) -> ProductTiles:
+    streamed = streams(capability, rows) and bool(list(fitting_streamed_tiles(weight, paired=False, whole=True)))
+    return choose_tiles(capability, weight, rows, streamed=streamed, paired=False, whole=True)
+
+
+def choose_tiles(
+    capability: int, weight: Any, tokens: int, *, streamed: bool, paired: bool, whole: bool
+) -> ProductTiles:
     """Sizes of a product: measured ones (`decode_tiles.json`) where there are some.
 
     Args:
         capability: the GPU's compute capability, ten times its number.
         weight: `QArray` or bf16 [out, in].
         tokens: generated tokens.
+        streamed: whether the product is a streamed one.
         paired: whether SwiGLU follows.
         whole: whether the contraction must not be split.
 
@@ -292,18 +329,39 @@ def choose_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, who
     """
     precision = "int8" if isinstance(weight, QArray) else "bf16"
     out, contraction = weight.shape
-    measured = measured_tiles().get((capability, precision, out, contraction), {})
-    bound = min((bound for bound in measured if bound >= tokens), default=None)
-    fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
-    if bound is not None and measured[bound] in fitting:
-        return measured[bound]
+    if streamed:
+        fitting = list(fitting_streamed_tiles(weight, paired=paired, whole=whole))
+    else:
+        fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
     if not fitting:
         raise ConfigError(f"{_NAME}: no tiles of {weight.shape} fit {tokens} tokens; {_INSTEAD}")
-    return fitting[0]
+    measured = measured_tiles().get((capability, precision, out, contraction), {})
+    # Those for as many tokens or a few more, then those for fewer.
+    nearest = sorted(measured, key=lambda bound: (bound < tokens, abs(bound - tokens)))
+    return next((measured[bound] for bound in nearest if measured[bound] in fitting), fitting[0])
+
+
+def fitting_streamed_tiles(weight: Any, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
+    """Every size of a streamed product that divides the weight, that whose busiest block reads least first."""
+    out, contraction = weight.shape
+    if contraction % _SCALED:
+        return
+    steps = contraction * (1 if isinstance(weight, QArray) else 2) // _SCALED
+    found = []
+    for row_tiles in _BUILT_STREAMED:
+        if out % (_TILE_ROWS * row_tiles) or (paired and row_tiles % 32):
+            continue
+        groups = out // (_TILE_ROWS * row_tiles)
+        for parts in range(1, 2 if whole else min(16, steps) + 1):
+            turns = -(-groups // max(1, _HOPPER_MULTIPROCESSORS // parts))
+            busiest = turns * row_tiles * -(-steps // parts)
+            found.append((busiest, parts, row_tiles))
+    for _, parts, row_tiles in sorted(found):
+        yield ProductTiles(row_tiles, 1, parts)
 
 
 def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
-    """Every size that fits, the one that usually is fastest first."""
+    """Every size of a packed product that fits, the one that usually is fastest first."""
     running = [known for known in _SHARED_MEMORY if known <= capability and known // 10 == capability // 10]
     known = max(running, default=None)
     shared = 0 if known is None else _SHARED_MEMORY[known]
@@ -341,26 +399,30 @@ def _aligned(size: int) -> int:
 
 
 def _padded(tokens: int) -> int:
-    """Tokens as packed activations have them: beyond 8, those of whole octets."""
-    return tokens if tokens <= 8 else -(-tokens // 8) * 8
+    """Tokens in whole octets."""
+    return -(-tokens // 8) * 8
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
-    """What `run_layer` (cuda/layer.cuh) takes of its scratch memory, in its order."""
+    """What a layer takes of its scratch memory, in its order (cuda/packed_layer.cuh, cuda/streamed_layer.cuh)."""
     qkv, o, _, _ = tiles
     heads = config.num_heads * config.head_dim
-    sizes = (
-        2 * tokens * config.hidden_size,  # residual stream before the MLP, bf16
-        2 * _padded(tokens) * max(config.hidden_size, heads, config.intermediate_size),  # packed activations
-        4 * tokens,  # their scales
-        4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size),
-        4 * tokens * splits * heads,  # pieces of attention
-        8 * tokens * splits * config.num_heads,
-        4 * tokens * heads,  # attention
-        4 * config.num_kv_heads * tokens,
-        4 * config.num_kv_heads * tokens,  # pieces of attention that are done
-        4 * o.parts * tokens * config.hidden_size,
-        4 * tokens * config.intermediate_size,
-        4 * _MULTIPROCESSORS * tokens,
-    )
+    padded = _padded(tokens)
+    projected = 4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size)
+    pieces = [4 * tokens * splits * heads, 8 * tokens * splits * config.num_heads]  # of attention
+    ended = 4 * config.num_kv_heads * tokens  # pieces of attention that are done
+    o_out = 4 * o.parts * tokens * config.hidden_size
+    sizes = [2 * tokens * config.hidden_size]  # residual stream before the MLP, bf16
+    if qkv.row_tiles in _BUILT_STREAMED:
+        for most in (max(config.hidden_size, heads), config.intermediate_size):
+            sizes += [2 * padded * most, 4 * padded * (most // _SCALED)]  # activations, and their scales
+        sizes += [4 * tokens * (config.hidden_size // _SCALED)]  # sums of squares
+        sizes += [projected, *pieces, ended, o_out]
+    else:
+        sizes += [2 * padded * max(config.hidden_size, heads, config.intermediate_size)]  # packed activations
+        sizes += [4 * tokens]  # their scales
+        sizes += [projected, *pieces]
+        sizes += [4 * tokens * heads, 4 * config.num_kv_heads * tokens]  # attention, and its maxima
+        sizes += [ended, o_out]
+        sizes += [4 * tokens * config.intermediate_size, 4 * _MULTIPROCESSORS * tokens]
     return sum(map(_aligned, sizes))

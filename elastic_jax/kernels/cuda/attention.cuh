@@ -13,8 +13,11 @@
 // The cache is bf16, or int8 with a scale for each slot and head (kv_cache.py): scores are multiplied by the scales of
 // keys, weights by those of values.
 //
-// The pieces are joined at the end (flash-decoding): on Hopper the blocks of a context are a cluster, whose first reads
-// the others' shared memory; before, the block that ends last reads them from global memory.
+// The pieces are joined at the end (flash-decoding): the blocks of a context are a cluster, whose first reads the others'
+// shared memory, or the block that ends last reads them from global memory. A cluster joins faster, if it does not have to
+// wait for as many multiprocessors.
+//
+// The result is float32 rows, or activations rounded for the next product (`Rows`).
 
 #pragma once
 
@@ -25,6 +28,8 @@ namespace elastic {
 constexpr int kAttentionWarps = 8;
 constexpr int kAttentionThreads = 32 * kAttentionWarps;
 constexpr int kMostSplits = 16;
+constexpr int kWarpKeys = 16;                      // keys of a warp's turn, of one page
+constexpr int kTurn = kWarpKeys * kAttentionWarps;  // of a block's
 
 struct AttentionArguments {
   const float* qkv;  // [parts][tokens][(heads + 2 * kv_heads) * dim]
@@ -41,7 +46,8 @@ struct AttentionArguments {
   int tokens, rows, pages, page_size, slots, kv_heads, splits;
   float* out;     // [tokens][heads][dim]
   float* maxima;  // [kv_heads][tokens], largest magnitude of `out`
-  // Where there are no clusters:
+  Rows into;      // of [tokens][heads * dim]; where its values are not null, instead of both
+  bool clusters;  // a context's blocks are one; where not:
   float* partial;   // [tokens][splits][heads][dim], sums of exp2(score - largest) * value
   float* state;     // [tokens][splits][heads][2], largest score and the sum of exp2
   uint32_t* ended;  // [tokens][kv_heads], zero: pieces that are done
@@ -52,10 +58,11 @@ __device__ __forceinline__ int context_of(const AttentionArguments& a, int token
   return row < a.rows ? a.context_length[row] : 0;
 }
 
-// Tokens of a piece: whole pages, so that a block reads one page after the other.
+// Tokens of a piece. Short contexts are cut into whole pages, so that a block reads one; and where blocks have much else
+// in the way, not into less than a turn of its warps. Long ones are cut evenly.
 __device__ __forceinline__ int piece_length(const AttentionArguments& a, int context) {
-  const int pages = (context + a.page_size - 1) / a.page_size;
-  return max(1, (pages + a.splits - 1) / a.splits) * a.page_size;
+  const int least = a.into.values == nullptr ? a.page_size : max(a.page_size, kTurn);
+  return max(least, (context + kWarpKeys * a.splits - 1) / (kWarpKeys * a.splits) * kWarpKeys);
 }
 
 // From int8, by full-rate instructions: a byte becomes the lowest of the mantissa of 2**23.
@@ -148,10 +155,12 @@ __device__ __forceinline__ float load_of_cluster(const float* mine, int rank) {
 template <int kDim, int kGroup, typename State, typename Partial>
 __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int token, int head, int pieces,
                                             const State& state, const Partial& partial) {
+  constexpr int kEach = (kGroup * kDim + kAttentionThreads - 1) / kAttentionThreads;
+  constexpr int kScales = (kGroup * kDim + kScaled - 1) / kScaled;
   __shared__ float by[kGroup][kMostSplits];
-  __shared__ uint32_t largest;
+  __shared__ uint32_t largest[kScales];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) largest = 0;
+  if (threadIdx.x < kScales) largest[threadIdx.x] = 0;
   static_assert(kMostSplits <= 32 && kGroup <= kAttentionWarps);
   if (warp < kGroup) {
     const float mine = lane < pieces ? state(lane, warp, 0) : -1e30f;
@@ -165,26 +174,43 @@ __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int tok
     if (lane < kMostSplits) by[warp][lane] = weight / all;
   }
   __syncthreads();
-  float most = 0;
-  for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
-    const int g = i / kDim, d = i % kDim;
-    float sum = 0;
-#pragma unroll 8
-    for (int s = 0; s < pieces; ++s) sum += by[g][s] * partial(s, g, d);
-    a.out[(static_cast<int64_t>(token) * a.kv_heads * kGroup + head * kGroup + g) * kDim + d] = sum;
-    most = fmaxf(most, fabsf(sum));
-  }
+  float sums[kEach];
 #pragma unroll
-  for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
-  if (lane == 0) atomicMax(&largest, __float_as_uint(most));
+  for (int e = 0; e < kEach; ++e) {
+    const int i = e * kAttentionThreads + static_cast<int>(threadIdx.x);
+    sums[e] = 0;
+    if (i >= kGroup * kDim) continue;
+#pragma unroll 8
+    for (int s = 0; s < pieces; ++s) sums[e] += by[i / kDim][s] * partial(s, i / kDim, i % kDim);
+    float most = fabsf(sums[e]);  // a warp's have one scale
+#pragma unroll
+    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    if (lane == 0) atomicMax(&largest[i / kScaled], __float_as_uint(most));
+  }
   __syncthreads();
-  if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = __uint_as_float(largest);
+  const int width = a.kv_heads * kGroup * kDim, first = head * kGroup * kDim;
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = e * kAttentionThreads + static_cast<int>(threadIdx.x);
+    if (i >= kGroup * kDim) continue;
+    if (a.into.values == nullptr) {
+      a.out[static_cast<int64_t>(token) * width + first + i] = sums[e];
+      continue;
+    }
+    const float scale = plane_scale(__uint_as_float(largest[i / kScaled]));
+    a.into.write(token, first + i, sums[e], scale);
+    if (i % kScaled == 0 && a.into.quantized) a.into.scales[(first + i) / kScaled * a.into.padded + token] = scale;
+  }
+  if (threadIdx.x == 0 && a.into.values == nullptr) {
+    uint32_t most = 0;
+    for (const uint32_t each : largest) most = max(most, each);
+    a.maxima[head * a.tokens + token] = __uint_as_float(most);
+  }
 }
 
 // At most 128 registers a thread: the next product's blocks start beside these.
 template <int kDim, int kGroup, bool kInt8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
-  constexpr int kTurn = 16 * kAttentionWarps;  // keys of a block's turn
   constexpr int kKeyOctets = kDim / 32;        // of each of a lane's 2 keys
   constexpr int kValueOctets = kDim / 64;      // of each of a lane's 4 values
   static_assert(kDim % 64 == 0 && kGroup <= 8);
@@ -206,9 +232,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   const int begin = split * piece, end = min(context, begin + piece);
   if (context == 0 && split == 0) {  // padding
     wait_for_predecessor();
-    for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads)
-      a.out[(static_cast<int64_t>(token) * heads + head * kGroup) * kDim + i] = 0;
-    if (threadIdx.x == 0) a.maxima[head * a.tokens + token] = 0;
+    for (int i = threadIdx.x; i < kGroup * kDim; i += kAttentionThreads) {
+      const int k = head * kGroup * kDim + i;
+      if (a.into.values == nullptr) {
+        a.out[static_cast<int64_t>(token) * heads * kDim + k] = 0;
+        continue;
+      }
+      a.into.write(token, k, 0, 1);
+      if (k % kScaled == 0 && a.into.quantized) a.into.scales[k / kScaled * a.into.padded + token] = 1;
+    }
+    if (threadIdx.x == 0 && a.into.values == nullptr) a.maxima[head * a.tokens + token] = 0;
   }
   if (begin >= end) return;
 
@@ -265,7 +298,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
     prefetch(from);
     prefetch(from + a.kv_heads * kDim);
   };
-  const int start = begin + warp * 16;
+  const int start = begin + warp * kWarpKeys;
   int page = page_at(start), later = page_at(start + kTurn);
   load_keys(page, start);
   load_values(page, start);
@@ -471,15 +504,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
     }
   }
   const int pieces = (context + piece - 1) / piece;
-#if __CUDA_ARCH__ >= 900
-  wait_for_cluster();
-  if (split == 0) {
-    join_pieces<kDim, kGroup>(
-        a, token, head, pieces, [&](int s, int g, int which) { return load_of_cluster(&joined_state[g][which], s); },
-        [&](int s, int g, int d) { return load_of_cluster(&merged[0][g][d], s); });
+  if (a.clusters) {
+    wait_for_cluster();
+    if (split == 0) {
+      join_pieces<kDim, kGroup>(
+          a, token, head, pieces, [&](int s, int g, int which) { return load_of_cluster(&joined_state[g][which], s); },
+          [&](int s, int g, int d) { return load_of_cluster(&merged[0][g][d], s); });
+    }
+    wait_for_cluster();  // nobody's memory may go before it is read
+    return;
   }
-  wait_for_cluster();  // nobody's memory may go before it is read
-#else
   __shared__ bool last;
   __syncthreads();
   const int64_t place = static_cast<int64_t>(token) * a.splits * heads + head * kGroup;
@@ -497,7 +531,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
   join_pieces<kDim, kGroup>(
       a, token, head, pieces, [&](int s, int g, int which) { return __ldcg(a.state + at(s, g) * 2 + which); },
       [&](int s, int g, int d) { return __ldcg(a.partial + at(s, g) * kDim + d); });
-#endif
 }
 
 }  // namespace elastic

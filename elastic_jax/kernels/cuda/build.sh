@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the libraries beside this script: libelastic_decode.so for compute capabilities 8.0, 8.9 and 9.0 (those named by
-# CAPABILITIES), libelastic_sampling.so for those and 10.0 and 12.0, and libelastic_prompt.so for 9.0 alone. It needs nvcc
+# Builds the libraries beside this script: libelastic_decode.so for compute capabilities 8.0, 8.9 and 9.0a (those named by
+# CAPABILITIES), libelastic_sampling.so for those and 10.0 and 12.0, and libelastic_prompt.so for 9.0a alone, which is 9.0 with
+# instructions that later GPUs do not have. It needs nvcc
 # of CUDA 13 and JAX (for XLA's FFI headers; PYTHON names an interpreter that has it), and no GPU. The libraries are
 # committed, so that users need none of them; tests compare the digests of the sources that they were built from.
 # Arguments go to nvcc.
@@ -31,10 +32,9 @@ build() {
 
 for name in ${ONLY:-decode sampling prompt}; do
   case "$name" in
-    decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90}" decode.cu layer.cuh activations.cuh \
-      attention.cuh products.cuh packing.cuh -- "$@" ;;
+    decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90a}" decode.cu layer.cuh packed_layer.cuh streamed_layer.cuh \
+      launch.cuh activations.cuh attention.cuh products.cuh streamed.cuh packing.cuh hopper.cuh -- "$@" ;;
     sampling) build libelastic_sampling.so "${CAPABILITIES:-80 89 90 100 120}" sampling.cu sampling.cuh -- "$@" ;;
-    # 9.0a: 9.0 with instructions that later GPUs do not have.
     prompt) build libelastic_prompt.so 90a prompt.cu integer_dot.cuh hopper.cuh -- "$@" ;;
     *) echo "no library is called $name; there are: decode sampling prompt" >&2 && exit 2 ;;
   esac

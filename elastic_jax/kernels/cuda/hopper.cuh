@@ -15,6 +15,7 @@
 namespace elastic {
 
 constexpr int kOperandBytes = 128;  // of a row: the widest that is swizzled
+constexpr int kWarpgroup = 128;     // threads that multiply together
 
 __device__ inline uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
@@ -56,13 +57,33 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
 
 // -- tensors ----------------------------------------------------------------------------------------------------------
 
-// A box of a matrix, from a column and a row on; what lies outside is zero, and counts as fetched.
+// A box of a matrix, from a column and a row on; what lies outside is zero, and counts as fetched. With kOnce it is the
+// first to leave the L2 cache.
+template <bool kOnce>
 __device__ inline void fetch(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
-      : "memory");
+  if constexpr (kOnce) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
+        "[%2], %5;" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            shared_address(to)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row)
+        : "memory");
+  }
+}
+
+// Some bytes, a multiple of 16; both addresses are too.
+__device__ inline void fetch_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
 }
 
 // -- products of a warpgroup ------------------------------------------------------------------------------------------
@@ -97,6 +118,12 @@ template <int kCount>
 __device__ inline void pin(int32_t (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
+template <int kCount>
+__device__ inline void pin(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
 #define ELASTIC_SUMS4(i) "+r"(sums[(i)]), "+r"(sums[(i) + 1]), "+r"(sums[(i) + 2]), "+r"(sums[(i) + 3])
@@ -136,7 +163,77 @@ __device__ inline void multiply_tiles(int32_t (&sums)[64], uint64_t left, uint64
       : "l"(left), "l"(right), "r"(add));
 }
 
+// With few others, of int8 or of bf16.
+__device__ inline void multiply_tiles(int32_t (&sums)[8], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, p;\n}\n"
+      : ELASTIC_SUMS4(0), ELASTIC_SUMS4(4)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(int32_t (&sums)[16], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p;\n}\n"
+      : ELASTIC_SUMS4(0), ELASTIC_SUMS4(4), ELASTIC_SUMS4(8), ELASTIC_SUMS4(12)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[4], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3}, "
+      "%4, %5, p, 1, 1, 0, 0;\n}\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[8], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, p, 1, 1, 0, 0;\n}\n"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]), "+f"(sums[5]), "+f"(sums[6]), "+f"(sums[7])
+      : "l"(left), "l"(right), "r"(add));
+}
+
 #undef ELASTIC_SUMS16
 #undef ELASTIC_SUMS4
+
+// -- matrices for TMA -------------------------------------------------------------------------------------------------
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// Of the driver, which is not linked.
+inline EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    const bool known = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<EncodeTiled>(known ? entry : nullptr);
+  }();
+  return found;
+}
+
+// A matrix of rows of so many bytes as TMA fetches it: 128 bytes of `height` rows at once.
+inline cudaError_t describe_matrix(CUtensorMap* map, const void* matrix, int rows, int64_t columns, int height) {
+  if (encode_tiled() == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t apart[] = {static_cast<cuuint64_t>(columns)};
+  const cuuint32_t box[] = {kOperandBytes, static_cast<cuuint32_t>(height)}, every[] = {1, 1};
+  const CUresult result = encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes,
+                                         apart, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 }  // namespace elastic

@@ -39,7 +39,7 @@ struct DotArguments {
 
 constexpr int kTileRows = 128, kStep = kOperandBytes;
 constexpr int kMultipliers = 2;  // warpgroups
-constexpr int kWarpgroup = 128, kDotThreads = (kMultipliers + 1) * kWarpgroup;
+constexpr int kDotThreads = (kMultipliers + 1) * kWarpgroup;
 
 template <int kWidth>
 struct Ring {
@@ -196,9 +196,9 @@ __global__ void __launch_bounds__(kDotThreads, 1)
         uint64_t* const full = &barriers.full[ring.stage];
         wait(&barriers.empty[ring.stage], ring.turn ^ 1);
         arrive_expecting(full, Ring::kStage);
-        fetch(left, &x_map, step * kStep, row_tile * kTileRows, full);
-        fetch(left + Ring::kLeft, &values_map, step * kStep, first, full);
-        fetch(left + Ring::kLeft + kHalf * kStep, &values_map, step * kStep, second, full);
+        fetch<false>(left, &x_map, step * kStep, row_tile * kTileRows, full);
+        fetch<false>(left + Ring::kLeft, &values_map, step * kStep, first, full);
+        fetch<false>(left + Ring::kLeft + kHalf * kStep, &values_map, step * kStep, second, full);
       }
     }
     return;
@@ -260,33 +260,6 @@ struct Launched {
   const char* what;  // was tried, where it failed
   cudaError_t error;
 };
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Of the driver, which is not linked.
-inline EncodeTiled encode_tiled() {
-  static const EncodeTiled found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-    const bool known = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    return reinterpret_cast<EncodeTiled>(known ? entry : nullptr);
-  }();
-  return found;
-}
-
-// A matrix of bytes as TMA fetches it: `height` rows of one step at once.
-inline cudaError_t describe_matrix(CUtensorMap* map, const int8_t* matrix, int rows, int columns, int height) {
-  if (encode_tiled() == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t apart[] = {static_cast<cuuint64_t>(columns)};
-  const cuuint32_t box[] = {kStep, static_cast<cuuint32_t>(height)}, every[] = {1, 1};
-  const CUresult result = encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<int8_t*>(matrix), sizes,
-                                         apart, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
 
 template <int kWidth, Ending kEnding, bool kBlocked>
 Launched launch_dot(const DotArguments& a, cudaStream_t stream) {

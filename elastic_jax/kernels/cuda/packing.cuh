@@ -77,6 +77,18 @@ struct Bf16 {
   }
 };
 
+// What RMSNorm takes.
+struct NormInput {
+  const __nv_bfloat16* residual;  // [tokens][hidden]
+  const float* added;             // [parts][tokens][hidden], a product that the residual stream lacks yet; parts may be 0
+  int parts;
+  const __nv_bfloat16* weight;  // [hidden]
+  float eps;
+  int tokens;
+  int hidden;
+  __nv_bfloat16* out;  // [tokens][hidden], the residual stream with `added`
+};
+
 // How activations of some tokens are packed.
 struct Packing {
   int tokens;
@@ -103,16 +115,25 @@ __device__ __forceinline__ float plane_scale(float largest) {
   return scale < 1.17549435e-38f ? 1.0f : scale;
 }
 
-// The high and low planes of 4 activations, as bytes of two words.
+// Tokens in whole octets.
+__host__ __device__ constexpr int padded_tokens(int tokens) { return (tokens + 7) / 8 * 8; }
+
+// The high and low planes of an activation that is divided by its scale.
+__device__ __forceinline__ void split_plane(float x, int& high, int& low) {
+  const int q = __float2int_rn(fminf(fmaxf(x, -kPlaneMax), kPlaneMax));
+  high = (q + 128) >> 8;
+  low = q - (high << 8);
+}
+
+// Those of 4 activations, as bytes of two words.
 __device__ __forceinline__ void split_planes(const float (&x)[4], float inverse, uint32_t& high, uint32_t& low) {
   high = low = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float bounded = fminf(fmaxf(x[i] * inverse, -kPlaneMax), kPlaneMax);
-    const int q = __float2int_rn(bounded);
-    const int h = (q + 128) >> 8;
+    int h, l;
+    split_plane(x[i] * inverse, h, l);
     high |= static_cast<uint32_t>(h & 255) << (8 * i);
-    low |= static_cast<uint32_t>((q - (h << 8)) & 255) << (8 * i);
+    low |= static_cast<uint32_t>(l & 255) << (8 * i);
   }
 }
 
@@ -137,6 +158,40 @@ __device__ __forceinline__ void pack4(uint8_t* packed, const Packing& packing, i
         make_uint2(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]));
   }
 }
+
+constexpr int kScaled = 128;  // activations of `Rows` that share a scale
+
+// Activations of some tokens, as a streamed product takes them.
+struct Rows {
+  uint8_t* values;    // [planes * padded][bytes]
+  float* scales;      // [contraction / kScaled][padded], for int8 weights only
+  int64_t bytes;      // of a row
+  int padded;         // tokens: 8 or 16
+  bool quantized;     // into planes; bf16 otherwise
+
+  __device__ void write(int token, int64_t k, float x, float scale) const {
+    if (quantized) {
+      int high, low;
+      split_plane(x / scale, high, low);
+      values[token * bytes + k] = static_cast<uint8_t>(high);
+      values[(padded + token) * bytes + k] = static_cast<uint8_t>(low);
+    } else {
+      *reinterpret_cast<__nv_bfloat16*>(values + token * bytes + 2 * k) = __float2bfloat16_rn(x);
+    }
+  }
+
+  // Four from index k on.
+  __device__ void write4(int token, int64_t k, const float (&x)[4], float scale) const {
+    if (quantized) {
+      uint32_t high, low;
+      split_planes(x, 1.0f / scale, high, low);
+      *reinterpret_cast<uint32_t*>(values + token * bytes + k) = high;
+      *reinterpret_cast<uint32_t*>(values + (padded + token) * bytes + k) = low;
+    } else {
+      *reinterpret_cast<uint2*>(values + token * bytes + 2 * k) = make_uint2(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]));
+    }
+  }
+};
 
 // Sum and largest value over a block; `scratch` holds 2 floats a warp.
 __device__ __forceinline__ void reduce_block(float& sum, float& largest, float* scratch) {

@@ -21,17 +21,6 @@ constexpr int kWarpsFor = kMTiles == 1 ? 16 : 8;
 
 constexpr int kNormVectors = 3;  // of 4 values that a thread has of a residual stream at most
 
-struct NormInput {
-  const __nv_bfloat16* residual;  // [tokens][hidden]
-  const float* added;             // [parts][tokens][hidden], a product that the residual stream lacks yet; parts may be 0
-  int parts;
-  const __nv_bfloat16* weight;  // [hidden]
-  float eps;
-  int tokens;
-  int hidden;
-  __nv_bfloat16* out;  // [tokens][hidden], the residual stream with `added`
-};
-
 // Weights of a norm, of which a thread has these. They may be loaded before the predecessor ends.
 template <int kThreads>
 __device__ __forceinline__ void load_norm_weights(const NormInput& n, uint2 (&weights)[kNormVectors]) {

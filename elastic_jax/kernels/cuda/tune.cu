@@ -172,14 +172,21 @@ struct Bench {
   }
 };
 
-const Tiles kSizes[] = {{2, 3}, {2, 4}, {2, 6}, {2, 7}, {2, 8}, {2, 12}, {4, 3}, {4, 4}, {4, 8}};
+const Tiles kPackedSizes[] = {{2, 3}, {2, 4}, {2, 6}, {2, 7}, {2, 8}, {2, 12}, {4, 3}, {4, 4}, {4, 8}};
+const Tiles kStreamedSizes[] = {{24, 1}, {32, 1}, {40, 1}, {64, 1}};
 
-void tune(const Shape& shape, int tokens) {
+void tune(const Shape& shape, int tokens, bool streamed) {
   Bench bench(shape, tokens);
   Tiles best[5] = {{2, 4, 1}, {2, 4, 1}, {2, 4, 1}, {2, 4, 1}, {2, 4, 1}};
-  if (tokens > 2) best[3].parts = 8;
-  if (tokens > 8 && !shape.quantized)
-    for (Tiles& size : best) size.depth = 3;
+  std::vector<Tiles> sizes(std::begin(kPackedSizes), std::end(kPackedSizes));
+  if (streamed) {
+    sizes.assign(std::begin(kStreamedSizes), std::end(kStreamedSizes));
+    for (Tiles& size : best) size = {32, 1, 1};
+  } else {
+    if (tokens > 2) best[3].parts = 8;
+    if (tokens > 8 && !shape.quantized)
+      for (Tiles& size : best) size.depth = 3;
+  }
   const Weight* const weights[5] = {&bench.layers[0].qkv, &bench.layers[0].o, &bench.layers[0].gate_up,
                                     &bench.layers[0].down, &bench.head.weight};
   const char* const names[5] = {"qkv", "o", "gate_up", "down", "lm_head"};
@@ -202,9 +209,10 @@ void tune(const Shape& shape, int tokens) {
           best[i] = tiles;
         }
       };
-      for (const int parts : {1, 2, 4, 8}) {
-        if (((i == 2 || i == 4) && parts > 1) || chunks % parts || chunks / parts < 32) continue;
-        for (const Tiles& size : kSizes) {
+      for (const int parts : {1, 2, 3, 4, 5, 6, 8, 10, 13, 16}) {
+        if ((i == 2 || i == 4) && parts > 1) continue;
+        if (!streamed && (chunks % parts || chunks / parts < 32)) continue;
+        for (const Tiles& size : sizes) {
           if (weights[i]->outputs % (kTileRows * size.row_tiles)) continue;
           attempt({size.row_tiles, size.depth, parts});
         }
@@ -229,14 +237,15 @@ void tune(const Shape& shape, int tokens) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 10) {
-    std::fprintf(stderr, "usage: tune hidden intermediate heads kv_heads dim vocabulary context int8|bf16 tokens\n");
+  if (count != 11) {
+    std::fprintf(stderr,
+                 "usage: tune hidden intermediate heads kv_heads dim vocabulary context int8|bf16 packed|streamed tokens\n");
     return 2;
   }
   int sizes[7];
   for (int i = 0; i < 7; ++i) sizes[i] = std::atoi(arguments[i + 1]);
   const Shape shape = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                        std::strcmp(arguments[8], "int8") == 0};
-  tune(shape, std::atoi(arguments[9]));
+  tune(shape, std::atoi(arguments[10]), std::strcmp(arguments[9], "streamed") == 0);
   return 0;
 }

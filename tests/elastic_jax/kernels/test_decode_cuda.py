@@ -40,17 +40,48 @@ def needed(weight, tokens, tiles):
     return ring + sums + 128 + 2 * padded * weight.shape[1] // tiles.parts
 
 
+GROUPS = "layers.0.qkv", "layers.0.o", "layers.0.gate_up", "layers.0.down"
+
+
 @pytest.mark.parametrize("mode", ["S", "XL"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 16])
-def test_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens):
-    for name in ("layers.0.qkv", "layers.0.o", "layers.0.gate_up", "layers.0.down"):
+def test_packed_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens):
+    for name in GROUPS:
         weight = weight_of(mode, name)
         paired = name.endswith("gate_up")
-        tiles = decode_cuda.choose_tiles(90, weight, tokens, paired=paired, whole=paired)
+        tiles = decode_cuda.choose_tiles(90, weight, tokens, streamed=False, paired=paired, whole=paired)
         assert needed(weight, tokens, tiles) <= SHARED[90]
         assert weight.shape[0] % (8 * tiles.row_tiles) == 0
         assert weight.shape[1] % (64 * tiles.parts) == 0
         assert not paired or (tiles.row_tiles % 2 == 0 and tiles.parts == 1)
+
+
+@pytest.mark.parametrize("mode", ["S", "XL"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_streamed_tiles_divide_every_weight_of_mistral_small(mode, name):
+    weight = weight_of(mode, name)
+    paired = name.endswith("gate_up")
+    fitting = list(decode_cuda.fitting_streamed_tiles(weight, paired=paired, whole=paired))
+    assert decode_cuda.choose_tiles(90, weight, 16, streamed=True, paired=paired, whole=paired) in fitting
+    for tiles in fitting:
+        assert weight.shape[0] % (8 * tiles.row_tiles) == 0
+        assert not paired or (tiles.row_tiles % 32 == 0 and tiles.parts == 1)
+
+
+def test_streamed_tiles_keep_nearly_all_multiprocessors_busy():
+    for name in GROUPS:
+        weight = weight_of("S", name)
+        paired = name.endswith("gate_up")
+        best = next(decode_cuda.fitting_streamed_tiles(weight, paired=paired, whole=paired))
+        groups, steps = weight.shape[0] // (8 * best.row_tiles), weight.shape[1] // 128
+        turns = -(-groups // (132 // best.parts))
+        busiest = turns * best.row_tiles * -(-steps // best.parts)
+        assert busiest * 132 <= 1.1 * groups * best.row_tiles * steps
+
+
+def test_products_are_streamed_on_hopper_for_more_than_two_tokens():
+    assert [tokens for tokens in range(1, 17) if decode_cuda.streams(90, tokens)] == list(range(3, 17))
+    assert not any(decode_cuda.streams(capability, 8) for capability in (80, 86, 89, 100, 120))
 
 
 @pytest.mark.parametrize("capability", [80, 89])
@@ -65,7 +96,7 @@ def test_smaller_gpus_take_fewer_tokens(capability):
         for tiles in decode_cuda.fitting_tiles(capability, weight, tokens, paired=True, whole=True):
             assert needed(weight, tokens, tiles) <= SHARED[capability]
     with pytest.raises(ConfigError, match="no tiles"):
-        decode_cuda.choose_tiles(capability, weight, 16, paired=True, whole=True)
+        decode_cuda.choose_tiles(capability, weight, 16, streamed=False, paired=True, whole=True)
 
 
 def test_gpus_of_other_generations_are_left_to_the_composed_step():
@@ -89,18 +120,29 @@ def test_measured_tiles_are_for_weights_of_mistral_small():
         assert tuple(shape) in shapes
 
 
-def test_scratch_memory_follows_the_kernels_order():
-    config = MISTRAL_SMALL
+def test_scratch_memory_follows_the_packed_kernels_order():
     tiles = (decode_cuda.ProductTiles(2, 6, 1),) * 4
-    sizes = [2 * 5120, 2 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 32, 4 * 5120, 4 * 32768, 1024]
-    expected = sum(-(-size // 256) * 256 for size in sizes)
-    assert decode_cuda.scratch_bytes(config, 1, 16, tiles) == expected
+    sizes = [2 * 5120, 16 * 32768, 4, 4 * 6144, 4 * 16 * 4096, 8 * 16 * 32, 4 * 4096, 32, 32, 4 * 5120, 4 * 32768, 1024]
+    assert decode_cuda.scratch_bytes(MISTRAL_SMALL, 1, 16, tiles) == sum(map(aligned, sizes))
+
+
+def test_scratch_memory_follows_the_streamed_kernels_order():
+    tiles = (decode_cuda.ProductTiles(24, 1, 4), *(decode_cuda.ProductTiles(32, 1, 6),) * 3)
+    sizes = [2 * 9 * 5120, 2 * 16 * 5120, 4 * 16 * 40, 2 * 16 * 32768, 4 * 16 * 256, 4 * 9 * 40]
+    sizes += [4 * 4 * 9 * 6144, 4 * 9 * 2 * 4096, 8 * 9 * 2 * 32, 4 * 8 * 9, 4 * 6 * 9 * 5120]
+    assert decode_cuda.scratch_bytes(MISTRAL_SMALL, 9, 2, tiles) == sum(map(aligned, sizes))
+
+
+def aligned(size):
+    return -(-size // 256) * 256
 
 
 def test_the_committed_library_is_built_from_the_committed_sources():
     folder = decode_cuda.library_path().parent
     digest = hashlib.sha256()
-    for name in ("decode.cu", "layer.cuh", "activations.cuh", "attention.cuh", "products.cuh", "packing.cuh"):
+    layers = "layer.cuh", "packed_layer.cuh", "streamed_layer.cuh", "launch.cuh"
+    parts = "activations.cuh", "attention.cuh", "products.cuh", "streamed.cuh", "packing.cuh", "hopper.cuh"
+    for name in ("decode.cu", *layers, *parts):
         digest.update((folder / name).read_bytes())
     stored = (ctypes.c_char * 64).in_dll(ctypes.CDLL(str(decode_cuda.library_path())), "ElasticDecodeSources")
     assert stored.value.decode() == digest.hexdigest(), "run elastic_jax/kernels/cuda/build.sh (or make kernels)"
