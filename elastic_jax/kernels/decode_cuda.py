@@ -82,8 +82,8 @@ _BUILT = (
     ((2, 6), (4, 3), (2, 8), (4, 4), (2, 4), (2, 3)),
     ((2, 12), (4, 8), (2, 8), (2, 7), (4, 4), (2, 6), (4, 3), (2, 4)),
 )
-"""(row_tiles, depth) that packed products are built for (cuda/packed_layer.cuh), the usually fastest first: for 8 tokens
-at most (and for bf16), and for more."""
+"""(row_tiles, depth) that packed products are built for (cuda/packed_layer.cuh), the usually fastest first: for 8
+tokens at most (and for bf16), and for more."""
 
 _BUILT_STREAMED = (32, 24, 40, 64)
 """row_tiles that streamed products are built for (cuda/streamed_layer.cuh); before SwiGLU, those divisible by 32."""

@@ -175,7 +175,7 @@ def test_other_devices_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["S", "XL"])
+@pytest.mark.parametrize("mode", ["S", "XL", "mixed"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (6, 2, 64)])
 @pytest.mark.parametrize("precision", ["full", "int8"])
@@ -196,6 +196,8 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
     context = rng.integers(1, page * pages, tokens).astype(np.int32)
     table = rng.permutation(tokens * pages).reshape(tokens, pages).astype(np.int32)
     slot = table[row, (context - 1) // page] * page + (context - 1) % page
+    used = tokens - 2 if tokens == 11 else tokens  # the others are padding
+    row[used:], slot[used:] = tokens, len(table) * pages * page
     batch = TokenBatch(
         row=jnp.asarray(row),
         position=jnp.asarray(context - 1),
@@ -209,26 +211,32 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
     kv = tuple(random_cache(rng, shape, precision) for _ in range(config.num_layers))
     token = jnp.asarray(rng.integers(0, config.vocab_size, tokens), jnp.int32)
 
-    def run(decode):
+    def run(decode, dtype):
         model = Mistral(
             config,
-            weights,
+            jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.bfloat16 else leaf, weights),
             attention=kernels.attention("xla"),
             dot=kernels.dot("xla"),
             decode=kernels.decode(decode),
-            dtype=jnp.dtype("bfloat16"),
+            dtype=jnp.dtype(dtype),
         )
 
         def step(token, kv, batch):
             x, kv = model(token, kv, batch)
-            return x, model.logits(x), kv
+            return x[:used], model.logits(x)[:used], kv
 
-        return jax.jit(step)(token, kv, batch)
+        cache = tuple(
+            dataclasses.replace(each, compute=dtype) if isinstance(each, QuantizedCache) else each.astype(dtype)
+            for each in kv
+        )
+        return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(jax.jit(step)(token, cache, batch))]
 
-    found, expected = run("cuda"), run("xla")
-    for mine, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        mine, reference = np.asarray(mine, np.float64), np.asarray(reference, np.float64)
-        assert np.linalg.norm(mine - reference) <= 0.01 * np.linalg.norm(reference)
+    # bfloat16 rounds in both, at other places: what counts is the distance from float32.
+    found, composed, exact = run("cuda", "bfloat16"), run("xla", "bfloat16"), run("xla", "float32")
+    for mine, others, reference in zip(found, composed, exact, strict=True):
+        distance, usual = np.linalg.norm(mine - reference), np.linalg.norm(others - reference)
+        assert distance <= 1.2 * usual + 1e-4 * np.linalg.norm(reference)
+        assert usual <= 0.05 * np.linalg.norm(reference)
 
 
 def random_cache(rng, shape, precision):
@@ -239,7 +247,14 @@ def random_cache(rng, shape, precision):
 
 
 def random_weights(config, mode):
-    leaves, tree = jax.tree.flatten(abstract_weights(config, provisional_plans(config)[mode], "bfloat16"))
+    plans = provisional_plans(config)
+    if mode == "mixed":  # each product's input is made by one of the other precision
+        choices = {
+            group: plans["XL" if group.endswith(("qkv", "down")) else "S"].choices[group]
+            for group in plans["S"].choices
+        }
+        plans[mode] = dataclasses.replace(plans["S"], choices=choices)
+    leaves, tree = jax.tree.flatten(abstract_weights(config, plans[mode], "bfloat16"))
     rng = np.random.default_rng(0)
 
     def draw(leaf):
