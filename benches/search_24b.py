@@ -28,7 +28,6 @@ import json
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,20 +112,12 @@ def timed_measure(forward: Any, only: set[str]) -> dict[str, float]:
     return {name: after - at for (name, at), (_, after) in itertools.pairwise(begun)}
 
 
-def compile_units(forward: Forward, threads: int) -> None:
-    """Every kind of group at every choice, by running them."""
-    x = forward.embed()
-    with ThreadPoolExecutor(threads) as pool:
-        for out in pool.map(lambda choice: forward.layer(x, 0, (choice,) * len(KINDS), "prompt"), CHOICES):
-            jax.block_until_ready(out)
-
-
 def sensitivity(forward: Shards, layers: int, threads: int) -> dict[str, Any]:
     """Seconds of some groups, and of all by extrapolation."""
-    near, far = layers - 1 - layers // 8, layers // 2
+    near, far = layers - 1 - layers // 16, layers - 1 - layers // 4
     only = {f"layers.{layer}.{kind}" for layer in (near, far) for kind in KINDS} | {LM_HEAD}
     start = time.perf_counter()
-    compile_units(forward.parts[0], threads)
+    forward.compile(threads)
     say(f"units of layers compiled in {time.perf_counter() - start:.0f} s")
     compiling = Shards(forward.parts[:1])
     timed_measure(compiling, {f"layers.{near}.{kind}" for kind in KINDS} | {LM_HEAD})
@@ -290,9 +281,7 @@ def main() -> None:
     for part in arguments.parts:
         start = time.perf_counter()
         if part == "sensitivity":
-            # Weights that come and go are for one thread.
-            threads = len(CHOICES) if arguments.budget_gib is None else 1
-            facts[part] = sensitivity(forward, config.num_layers, threads)
+            facts[part] = sensitivity(forward, config.num_layers, arguments.workers)
         elif part == "fast":
             facts[part] = fast(forward)
         else:

@@ -159,6 +159,8 @@ def search(
     for other in merged:
         scores.merge(other)
     if not fast:
+        if not len(scores):
+            forward.compile(threads)
         measure(forward, scores, save=lambda: scores.save(file), progress=Steps(as_json))
     elif not len(scores):
         measure_fast(forward, scores, seed=seed, progress=Steps(as_json))

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -26,7 +27,7 @@ from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD
 from elastic_jax.model import MLP, Dot, SelfAttention, rotate, rotation
 from elastic_jax.norm import RMSNorm
-from elastic_jax.plan import PRECISIONS, Choice, Precision, stored_precision
+from elastic_jax.plan import CHOICES, PRECISIONS, Choice, Precision, stored_precision
 from elastic_jax.search.distances import Distances, Head, Reference, head_tokens
 from elastic_jax.search.held import Held, Key
 from elastic_jax.search.products import product
@@ -138,6 +139,36 @@ class Forward:
         x = _embed(self._weights.get(EMBEDDING, "bf16"), jax.device_put(self.windows.reshape(-1), self._device))
         self.used_by(x)
         return x
+
+    def compile(self, workers: int) -> None:
+        """Compiles every kind of group at every choice, side by side; otherwise each is when it is first used.
+
+        Args:
+            workers: threads; each may need the memory of one group's output.
+        """
+        tokens = self.windows.size
+        x, heads, wide = (
+            jnp.zeros((tokens, size), jnp.float32, device=self._device)
+            for size in (
+                self.config.hidden_size,
+                self.config.q_size + 2 * self.config.kv_size,
+                self.config.intermediate_size,
+            )
+        )
+        given = {"qkv": None, "o": heads, "gate_up": None, "down": wide}
+        norms = {kinds[0]: self.norm(f"layers.0.{norm}") for norm, kinds in HALVES.values()}
+        settings = (self.config, self.shape, self.dot_name)
+
+        def run(kind: str, weight: Any) -> Array:
+            return _piece(x, given[kind], norms.get(kind), weight, kind, *settings, capture=False)[0]
+
+        with ThreadPoolExecutor(workers) as pool:
+            # Weights that come and go are for one thread: this one.
+            runs = [
+                pool.submit(run, kind, self.weight(f"layers.0.{kind}", choice)) for choice in CHOICES for kind in KINDS
+            ]
+            for done in runs:
+                self.used_by(done.result().block_until_ready())
 
     def layer(
         self, x: Float32[Array, "tokens hidden"], layer: int, choices: Sequence[Choice], role: Role

@@ -43,6 +43,10 @@ class Shards:
         split = np.array_split(windows, min(len(self.parts), len(windows)))
         return Shards([part.over(own) for part, own in zip(self.parts, split, strict=False)])
 
+    def compile(self, workers: int) -> None:
+        """Compiles what the first part needs, side by side; parts of one size on one device need the same."""
+        self.parts[0].compile(workers)
+
     def embed(self) -> Stream:
         """The residual stream before the first layer."""
         return tuple(part.embed() for part in self.parts)
