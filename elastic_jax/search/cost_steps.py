@@ -88,7 +88,7 @@ def measure_step_costs(
     }
     for role in ROLES:  # before weights fill the device: XLA tunes in what memory is left
         progress(done, total, f"compiling {len(plans[role]) + 2} steps of {role} tokens")
-        clocks[role][many.num_layers].compile([*plans[role].values(), base[many.num_layers]], workers)
+        clocks[role][many.num_layers].compile([base[many.num_layers], *plans[role].values()], workers)
         clocks[role][1].compile([base[1]], workers)
     weights = {each.num_layers: RandomWeights(each, step.dtype, device, floats) for each in (one, many)}
     for role in ROLES:

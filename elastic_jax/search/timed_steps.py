@@ -57,7 +57,11 @@ class StepClock:
         self._compiled: dict[str, Any] = {}
 
     def compile(self, plans: Iterable[Plan], workers: int) -> None:
-        """Compiles the steps of plans, several at once; those of equal choices once."""
+        """Compiles the steps of plans, those of equal choices once.
+
+        The first plan's is compiled before the others, which are several at once: on a GPU XLA tunes products of floats
+        by timing them while it compiles, and those that the plans share are tuned while nothing else runs.
+        """
         kernels.prepare_to_load(self._step.integer_dot, self._step.decode, self._step.sampling)
         wanted = {plan.digest(): plan for plan in plans if plan.digest() not in self._compiled}
 
@@ -74,6 +78,9 @@ class StepClock:
                 lowered = jax.jit(unit.function, donate_argnums=unit.donate, keep_unused=True).lower(*shapes)
             return lowered.compile(compiler_options=dict(options))
 
+        for digest, plan in list(wanted.items())[:1]:
+            self._compiled[digest] = build(plan)
+            del wanted[digest]
         with ThreadPoolExecutor(workers) as pool:
             self._compiled |= dict(zip(wanted, pool.map(build, wanted.values()), strict=True))
 
