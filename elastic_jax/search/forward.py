@@ -67,7 +67,7 @@ class Forward:
     ) -> None:
         self.config = config
         self.windows = windows
-        self._weights, self._device = weights, device
+        self._weights, self.device = weights, device
         self.dot_name = kernels.default_names(config, device.platform, "float32")[1]
 
     @classmethod
@@ -136,7 +136,7 @@ class Forward:
 
     def embed(self) -> Float32[Array, "tokens hidden"]:
         """The residual stream before the first layer."""
-        x = _embed(self._weights.get(EMBEDDING, "bf16"), jax.device_put(self.windows.reshape(-1), self._device))
+        x = _embed(self._weights.get(EMBEDDING, "bf16"), jax.device_put(self.windows.reshape(-1), self.device))
         self.used_by(x)
         return x
 
@@ -148,7 +148,7 @@ class Forward:
         """
         tokens = self.windows.size
         x, heads, wide = (
-            jnp.zeros((tokens, size), jnp.float32, device=self._device)
+            jnp.zeros((tokens, size), jnp.float32, device=self.device)
             for size in (
                 self.config.hidden_size,
                 self.config.q_size + 2 * self.config.kv_size,
@@ -235,7 +235,7 @@ class Forward:
     @property
     def head(self) -> Head:
         """What makes logits of the original model."""
-        tokens = head_tokens(self._device.platform)
+        tokens = head_tokens(self.device.platform)
         return Head(
             self.norm("final_norm"), self.weight(LM_HEAD, "bf16"), self.config.rms_norm_eps, self.dot_name, tokens
         )

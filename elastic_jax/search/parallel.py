@@ -44,8 +44,13 @@ class Shards:
         return Shards([part.over(own) for part, own in zip(self.parts, split, strict=False)])
 
     def compile(self, workers: int) -> None:
-        """Compiles what the first part needs, side by side; parts of one size on one device need the same."""
-        self.parts[0].compile(workers)
+        """Compiles what the parts need, side by side; parts of one size on one device need the same.
+
+        Args:
+            workers: threads; each may need the memory of one group's output.
+        """
+        for part in {(part.device, part.shape): part for part in self.parts}.values():
+            part.compile(workers)
 
     def embed(self) -> Stream:
         """The residual stream before the first layer."""

@@ -6,10 +6,11 @@ import pytest
 
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
+from elastic_jax.groups import model_groups
 from elastic_jax.model import SelfAttention, rotation
 from elastic_jax.norm import RMSNorm
 from elastic_jax.plan import CHOICES
-from elastic_jax.search.forward import HALVES, KINDS, Forward, run_half
+from elastic_jax.search.forward import HALVES, KINDS, Forward, _piece, run_half
 from elastic_jax.search.held import AllHeld
 from elastic_jax.search.parallel import Shards, load
 from elastic_jax.search.products import Rounded, product
@@ -35,6 +36,20 @@ def test_pieces_are_the_modules_of_the_model(forward, choices):
     apart = np.linalg.norm(np.asarray(by_pieces) - np.asarray(x))
     # What is fused differs, and a last bit more or less decides how an activation is rounded.
     assert apart <= (1e-5 if set(choices) == {"bf16"} else 3e-3) * np.linalg.norm(np.asarray(x))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_nothing_is_left_to_compile_for_layers_of_any_choice(forward, split):
+    # Windows of a length of their own: no other test has compiled for them.
+    own = forward.over(forward.windows[:2, : 40 + split])
+    own = Shards([own.over(own.windows[:1]), own.over(own.windows[1:])]) if split else own
+    own.compile(2)
+    compiled = _piece._cache_size()
+    x = own.embed()
+    for role in ("prompt", "generated"):
+        for choice in CHOICES:
+            x = own.run(x, 0, dict.fromkeys(model_groups(own.config), choice), role)
+    assert _piece._cache_size() == compiled
 
 
 def test_generated_tokens_have_16_bit_activations_whatever_the_int8_choice(forward):
