@@ -1,4 +1,4 @@
-"""Decoder layers and language-model head for a few generated tokens, in CUDA C++ (`cuda/`), for NVIDIA GPUs.
+"""Decoder layers and language-model head for up to 64 generated tokens, in CUDA C++ (`cuda/`), for NVIDIA GPUs.
 
 Reading weights is the limit, and what surrounds the products would cost as much time again: every small kernel waits
 for the one before, and the memory idles meanwhile. A layer is therefore one call of five to nine kernels that overlap:
@@ -40,8 +40,11 @@ from elastic_jax.quantization import QArray
 _NAME = "the decode called 'cuda'"
 _INSTEAD = "use the one called 'xla' instead"
 
-MOST_TOKENS = 16
-"""Generated tokens of a step at most: beyond, activations no longer fit beside the weights in flight."""
+MOST_TOKENS = 64
+"""Generated tokens of a step at most, where products are streamed: beyond, there are no registers for their sums."""
+
+_MOST_PACKED = 16
+"""Of packed products: beyond, activations no longer fit beside the weights in flight."""
 
 _TARGETS = {"elastic_decode_layer": "ElasticDecodeLayer", "elastic_decode_head": "ElasticDecodeHead"}
 _HEADS = {(64, 1), (64, 3), (64, 4), (128, 1), (128, 4)}
@@ -85,8 +88,9 @@ _BUILT = (
 """(row_tiles, depth) that packed products are built for (cuda/packed_layer.cuh), the usually fastest first: for 8
 tokens at most (and for bf16), and for more."""
 
-_BUILT_STREAMED = (32, 24, 40, 64)
-"""row_tiles that streamed products are built for (cuda/streamed_layer.cuh); before SwiGLU, those divisible by 32."""
+_BUILT_STREAMED = {32: 64, 24: 64, 40: 32, 64: 16}
+"""row_tiles that streamed products are built for (cuda/streamed_layer.cuh), and for how many tokens at most; before
+SwiGLU, those divisible by 32."""
 
 _SCALED = 128
 """Activations of a token that share a scale in streamed products: of each row, what is multiplied at once."""
@@ -232,9 +236,10 @@ def run_head(norm: RMSNorm, weight: Any, x: BFloat16[Array, "rows hidden"]) -> F
     capability = compute_capability(_NAME, _INSTEAD)
     rows, hidden = x.shape
     tiles = _head_tiles(capability, weight, rows)
-    sizes = [2 * rows * hidden, 2 * _padded(rows) * hidden]
-    blocks = hidden // _SCALED
-    sizes += [4 * _padded(rows) * blocks, 4 * rows * blocks] if tiles.row_tiles in _BUILT_STREAMED else [4 * rows]
+    streamed = tiles.row_tiles in _BUILT_STREAMED
+    padded, blocks = _padded(rows, streamed), hidden // _SCALED
+    sizes = [2 * rows * hidden, 2 * padded * hidden]
+    sizes += [4 * padded * blocks, 4 * rows * blocks] if streamed else [4 * rows]
     scratch = sum(map(_aligned, sizes))
     logits, _ = jax.ffi.ffi_call(
         "elastic_decode_head",
@@ -301,13 +306,13 @@ def _layer_tiles(capability: int, layer: Block, tokens: int) -> tuple[ProductTil
         streams(capability, tokens)
         # A block of the attention rounds what it makes without knowing other blocks' (cuda/attention.cuh).
         and config.num_heads // config.num_kv_heads * config.head_dim % _SCALED == 0
-        and all(list(fitting_streamed_tiles(weight, **kind)) for weight, kind in products)
+        and all(list(fitting_streamed_tiles(weight, tokens, **kind)) for weight, kind in products)
     )
     return tuple(choose_tiles(capability, weight, tokens, streamed=streamed, **kind) for weight, kind in products)
 
 
 def _head_tiles(capability: int, weight: Any, rows: int) -> ProductTiles:
-    streamed = streams(capability, rows) and bool(list(fitting_streamed_tiles(weight, paired=False, whole=True)))
+    streamed = streams(capability, rows) and bool(list(fitting_streamed_tiles(weight, rows, paired=False, whole=True)))
     return choose_tiles(capability, weight, rows, streamed=streamed, paired=False, whole=True)
 
 
@@ -330,7 +335,7 @@ def choose_tiles(
     precision = "int8" if isinstance(weight, QArray) else "bf16"
     out, contraction = weight.shape
     if streamed:
-        fitting = list(fitting_streamed_tiles(weight, paired=paired, whole=whole))
+        fitting = list(fitting_streamed_tiles(weight, tokens, paired=paired, whole=whole))
     else:
         fitting = list(fitting_tiles(capability, weight, tokens, paired=paired, whole=whole))
     if not fitting:
@@ -341,15 +346,15 @@ def choose_tiles(
     return next((measured[bound] for bound in nearest if measured[bound] in fitting), fitting[0])
 
 
-def fitting_streamed_tiles(weight: Any, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
+def fitting_streamed_tiles(weight: Any, tokens: int, *, paired: bool, whole: bool) -> Iterator[ProductTiles]:
     """Every size of a streamed product that divides the weight, that whose busiest block reads least first."""
     out, contraction = weight.shape
     if contraction % _SCALED:
         return
     steps = contraction * (1 if isinstance(weight, QArray) else 2) // _SCALED
     found = []
-    for row_tiles in _BUILT_STREAMED:
-        if out % (_TILE_ROWS * row_tiles) or (paired and row_tiles % 32):
+    for row_tiles, most in _BUILT_STREAMED.items():
+        if tokens > most or out % (_TILE_ROWS * row_tiles) or (paired and row_tiles % 32):
             continue
         groups = out // (_TILE_ROWS * row_tiles)
         for parts in range(1, 2 if whole else min(16, steps) + 1):
@@ -364,7 +369,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
     """Every size of a packed product that fits, the one that usually is fastest first."""
     running = [known for known in _SHARED_MEMORY if known <= capability and known // 10 == capability // 10]
     known = max(running, default=None)
-    shared = 0 if known is None else _SHARED_MEMORY[known]
+    shared = 0 if known is None or tokens > _MOST_PACKED else _SHARED_MEMORY[known]
     out, contraction = weight.shape
     quantized = isinstance(weight, QArray)
     chunks = contraction * (1 if quantized else 2) // _CHUNK
@@ -379,7 +384,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
         for row_tiles, depth in sizes:
             ring = warps * depth * row_tiles * _TILE_ROWS * _CHUNK
             sums = (2 if tokens <= 8 else 1) * warps * row_tiles * _TILE_ROWS * tokens * 4
-            fits = ring + sums + 8 * MOST_TOKENS + chunks // parts * octets * _CHUNK <= shared
+            fits = ring + sums + 8 * _MOST_PACKED + chunks // parts * octets * _CHUNK <= shared
             if fits and out % (_TILE_ROWS * row_tiles) == 0:
                 yield ProductTiles(row_tiles, depth, parts)
 
@@ -398,22 +403,23 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _padded(tokens: int) -> int:
-    """Tokens in whole octets."""
-    return -(-tokens // 8) * 8
+def _padded(tokens: int, streamed: bool) -> int:
+    """Tokens that activations have room for: those that fill an operand, or whole octets."""
+    return max(8, 1 << (tokens - 1).bit_length()) if streamed else -(-tokens // 8) * 8
 
 
 def scratch_bytes(config: ModelConfig, tokens: int, splits: int, tiles: Sequence[ProductTiles]) -> int:
     """What a layer takes of its scratch memory, in its order (cuda/packed_layer.cuh, cuda/streamed_layer.cuh)."""
     qkv, o, _, _ = tiles
     heads = config.num_heads * config.head_dim
-    padded = _padded(tokens)
+    streamed = qkv.row_tiles in _BUILT_STREAMED
+    padded = _padded(tokens, streamed)
     projected = 4 * qkv.parts * tokens * (config.q_size + 2 * config.kv_size)
     pieces = [4 * tokens * splits * heads, 8 * tokens * splits * config.num_heads]  # of attention
     ended = 4 * config.num_kv_heads * tokens  # pieces of attention that are done
     o_out = 4 * o.parts * tokens * config.hidden_size
     sizes = [2 * tokens * config.hidden_size]  # residual stream before the MLP, bf16
-    if qkv.row_tiles in _BUILT_STREAMED:
+    if streamed:
         for most in (max(config.hidden_size, heads), config.intermediate_size):
             sizes += [2 * padded * most, 4 * padded * (most // _SCALED)]  # activations, and their scales
         sizes += [4 * tokens * (config.hidden_size // _SCALED)]  # sums of squares

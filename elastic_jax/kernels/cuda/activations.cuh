@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kPackThreads) pack_rows(const PackArguments a)
   float scale = 1;
   if constexpr (Weight::kPlanes == 2) {
     float most = 0;
-    for (int i = threadIdx.x % 32; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
+    for (int i = threadIdx.x % 32; i < a.maxima_count; i += 32) most = larger(most, a.maxima[i * a.tokens + token]);
 #pragma unroll
-    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    for (int d = 16; d; d /= 2) most = larger(most, __shfl_xor_sync(~0u, most, d));
     scale = plane_scale(most);
     if (k == 0) a.token_scales[token] = scale;
   }

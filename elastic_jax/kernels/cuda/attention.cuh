@@ -184,7 +184,7 @@ __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int tok
     for (int s = 0; s < pieces; ++s) sums[e] += by[i / kDim][s] * partial(s, i / kDim, i % kDim);
     float most = fabsf(sums[e]);  // a warp's have one scale
 #pragma unroll
-    for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+    for (int d = 16; d; d /= 2) most = larger(most, __shfl_xor_sync(~0u, most, d));
     if (lane == 0) atomicMax(&largest[i / kScaled], __float_as_uint(most));
   }
   __syncthreads();

@@ -48,8 +48,7 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
                         ffi::Result<ffi::AnyBuffer> scratch, float eps,
                         int32_t page_size, int32_t splits, ffi::Span<const int32_t> tiles) {
   const int tokens = static_cast<int>(residual.dimensions()[0]), hidden = static_cast<int>(residual.dimensions()[1]);
-  if (tiles.size() != 4 * kTileNumbers || tokens > kMostTokens || splits > kMostSplits)
-    return failed("sizes out of range");
+  if (tiles.size() != 4 * kTileNumbers || splits > kMostSplits) return failed("sizes out of range");
   const bool int8_kv = kv_in.element_type() == ffi::DataType::S8;  // otherwise there are no scales
   if (kv_in.untyped_data() != kv_out->untyped_data()) return failed("the cache was copied");
   if (int8_kv && kv_scales_in.untyped_data() != kv_scales_out->untyped_data()) return failed("the cache was copied");
@@ -62,7 +61,10 @@ ffi::Error decode_layer(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBu
   l.o = weight_of(o_values, o_scales);
   l.gate_up = weight_of(gate_up_values, gate_up_scales);
   l.down = weight_of(down_values, down_scales);
-  for (int i = 0; i < 4; ++i) l.tiles[i] = tiles_of(tiles, i);
+  for (int i = 0; i < 4; ++i) {
+    l.tiles[i] = tiles_of(tiles, i);
+    if (tokens > most_tokens(l.tiles[i])) return failed("sizes out of range");
+  }
   const auto cache = kv_in.dimensions();
   AttentionArguments& a = l.attention;
   a.cosine = data<float>(cosine);
@@ -96,7 +98,7 @@ ffi::Error decode_head(cudaStream_t stream, ffi::AnyBuffer residual, ffi::AnyBuf
                        ffi::AnyBuffer scales, ffi::Result<ffi::AnyBuffer> logits, ffi::Result<ffi::AnyBuffer> scratch,
                        float eps, ffi::Span<const int32_t> tiles) {
   const int tokens = static_cast<int>(residual.dimensions()[0]), hidden = static_cast<int>(residual.dimensions()[1]);
-  if (tiles.size() != kTileNumbers || tiles[2] != 1 || tokens > kMostTokens) return failed("sizes out of range");
+  if (tiles.size() != kTileNumbers || tiles[2] != 1 || tokens > most_tokens(tiles_of(tiles, 0))) return failed("sizes out of range");
   HeadArguments h = {};
   h.input = {data<__nv_bfloat16>(residual), nullptr, 0, data<__nv_bfloat16>(norm_weight), eps, tokens, hidden, nullptr};
   h.weight = weight_of(values, scales);

@@ -1,4 +1,4 @@
-// What the kernels for many rows need of Hopper (compute capability 9.0), one function an instruction: barriers in
+// What kernels need of Hopper (compute capability 9.0), one function an instruction: barriers in
 // shared memory, tensors fetched by the tensor memory accelerator (TMA), products of a warpgroup. The PTX ISA, from 8.0
 // on, describes them.
 //
@@ -54,6 +54,20 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 }
+
+// A place in a ring of stages, and the parity of the turn: of the phase in which what is fetched there arrives.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t turn = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      turn ^= 1;
+    }
+  }
+};
 
 // -- tensors ----------------------------------------------------------------------------------------------------------
 
@@ -126,12 +140,57 @@ __device__ inline void pin(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-#define ELASTIC_SUMS4(i) "+r"(sums[(i)]), "+r"(sums[(i) + 1]), "+r"(sums[(i) + 2]), "+r"(sums[(i) + 3])
-#define ELASTIC_SUMS16(i) ELASTIC_SUMS4(i), ELASTIC_SUMS4((i) + 4), ELASTIC_SUMS4((i) + 8), ELASTIC_SUMS4((i) + 12)
+#define ELASTIC_SUMS4(kind, i) kind(sums[(i)]), kind(sums[(i) + 1]), kind(sums[(i) + 2]), kind(sums[(i) + 3])
+#define ELASTIC_SUMS16(kind, i) \
+  ELASTIC_SUMS4(kind, i), ELASTIC_SUMS4(kind, (i) + 4), ELASTIC_SUMS4(kind, (i) + 8), ELASTIC_SUMS4(kind, (i) + 12)
 
-// Begins the products of 64 rows with 256 or 128 others, 32 bytes of each; `add` says whether `sums` counts. Of row
-// 16 * (t / 32) + t % 32 / 4, thread t has the columns 8 * j + 2 * (t % 4) and the next in sums[4 * j] and the next; of
-// the row 8 below, in the two after.
+// Begins the products of 64 rows with twice as many others as there are sums, 32 bytes of each, of int8 or of bf16; `add`
+// says whether `sums` counts. Of row 16 * (t / 32) + t % 32 / 4, thread t has the columns 8 * j + 2 * (t % 4) and the next
+// in sums[4 * j] and the next; of the row 8 below, in the two after.
+__device__ inline void multiply_tiles(int32_t (&sums)[8], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, p;\n}\n"
+      : ELASTIC_SUMS4("+r", 0), ELASTIC_SUMS4("+r", 4)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(int32_t (&sums)[16], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p;\n}\n"
+      : ELASTIC_SUMS16("+r", 0)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(int32_t (&sums)[32], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p;\n}\n"
+      : ELASTIC_SUMS16("+r", 0), ELASTIC_SUMS16("+r", 16)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(int32_t (&sums)[64], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p;\n}\n"
+      : ELASTIC_SUMS16("+r", 0), ELASTIC_SUMS16("+r", 16), ELASTIC_SUMS16("+r", 32), ELASTIC_SUMS16("+r", 48)
+      : "l"(left), "l"(right), "r"(add));
+}
+
 __device__ inline void multiply_tiles(int32_t (&sums)[128], uint64_t left, uint64_t right, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
@@ -145,42 +204,8 @@ __device__ inline void multiply_tiles(int32_t (&sums)[128], uint64_t left, uint6
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
       "%128, %129, p;\n}\n"
-      : ELASTIC_SUMS16(0), ELASTIC_SUMS16(16), ELASTIC_SUMS16(32), ELASTIC_SUMS16(48), ELASTIC_SUMS16(64),
-        ELASTIC_SUMS16(80), ELASTIC_SUMS16(96), ELASTIC_SUMS16(112)
-      : "l"(left), "l"(right), "r"(add));
-}
-
-__device__ inline void multiply_tiles(int32_t (&sums)[64], uint64_t left, uint64_t right, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p;\n}\n"
-      : ELASTIC_SUMS16(0), ELASTIC_SUMS16(16), ELASTIC_SUMS16(32), ELASTIC_SUMS16(48)
-      : "l"(left), "l"(right), "r"(add));
-}
-
-// With few others, of int8 or of bf16.
-__device__ inline void multiply_tiles(int32_t (&sums)[8], uint64_t left, uint64_t right, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-      "%8, %9, p;\n}\n"
-      : ELASTIC_SUMS4(0), ELASTIC_SUMS4(4)
-      : "l"(left), "l"(right), "r"(add));
-}
-
-__device__ inline void multiply_tiles(int32_t (&sums)[16], uint64_t left, uint64_t right, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p;\n}\n"
-      : ELASTIC_SUMS4(0), ELASTIC_SUMS4(4), ELASTIC_SUMS4(8), ELASTIC_SUMS4(12)
+      : ELASTIC_SUMS16("+r", 0), ELASTIC_SUMS16("+r", 16), ELASTIC_SUMS16("+r", 32), ELASTIC_SUMS16("+r", 48),
+        ELASTIC_SUMS16("+r", 64), ELASTIC_SUMS16("+r", 80), ELASTIC_SUMS16("+r", 96), ELASTIC_SUMS16("+r", 112)
       : "l"(left), "l"(right), "r"(add));
 }
 
@@ -190,7 +215,7 @@ __device__ inline void multiply_tiles(float (&sums)[4], uint64_t left, uint64_t 
       "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3}, "
       "%4, %5, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : ELASTIC_SUMS4("+f", 0)
       : "l"(left), "l"(right), "r"(add));
 }
 
@@ -200,7 +225,59 @@ __device__ inline void multiply_tiles(float (&sums)[8], uint64_t left, uint64_t 
       "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7}, "
       "%8, %9, p, 1, 1, 0, 0;\n}\n"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3]), "+f"(sums[4]), "+f"(sums[5]), "+f"(sums[6]), "+f"(sums[7])
+      : ELASTIC_SUMS4("+f", 0), ELASTIC_SUMS4("+f", 4)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[16], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p, 1, 1, 0, 0;\n}\n"
+      : ELASTIC_SUMS16("+f", 0)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[32], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 0;\n}\n"
+      : ELASTIC_SUMS16("+f", 0), ELASTIC_SUMS16("+f", 16)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[64], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, p, 1, 1, 0, 0;\n}\n"
+      : ELASTIC_SUMS16("+f", 0), ELASTIC_SUMS16("+f", 16), ELASTIC_SUMS16("+f", 32), ELASTIC_SUMS16("+f", 48)
+      : "l"(left), "l"(right), "r"(add));
+}
+
+__device__ inline void multiply_tiles(float (&sums)[128], uint64_t left, uint64_t right, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, p, 1, 1, 0, 0;\n}\n"
+      : ELASTIC_SUMS16("+f", 0), ELASTIC_SUMS16("+f", 16), ELASTIC_SUMS16("+f", 32), ELASTIC_SUMS16("+f", 48),
+        ELASTIC_SUMS16("+f", 64), ELASTIC_SUMS16("+f", 80), ELASTIC_SUMS16("+f", 96), ELASTIC_SUMS16("+f", 112)
       : "l"(left), "l"(right), "r"(add));
 }
 

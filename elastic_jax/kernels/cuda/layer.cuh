@@ -10,6 +10,8 @@
 
 namespace elastic {
 
+inline int most_tokens(const Tiles& tiles) { return tiles.streamed() ? kMostStreamed : kMostPacked; }
+
 inline Status run_layer(const LayerArguments& l, cudaStream_t stream) {
   return l.tiles[0].streamed() ? run_streamed_layer(l, stream) : run_packed_layer(l, stream);
 }

@@ -17,7 +17,6 @@
 
 namespace elastic {
 
-constexpr int kMostTokens = 16;
 constexpr int kChunkBytes = 64;  // of one output's row
 constexpr int kTileRows = 8;     // outputs of one chunk
 constexpr int kLaneChunk = kTileRows * kChunkBytes;
@@ -108,6 +107,12 @@ struct Packing {
 };
 
 
+// The larger of two magnitudes; NaN if one is, unlike fmaxf's, so that a step with one reports it. The bits of floats that
+// are not negative are in their order, and NaN above them all.
+__device__ __forceinline__ float larger(float a, float b) {
+  return __uint_as_float(max(__float_as_uint(a), __float_as_uint(b)));
+}
+
 constexpr float kPlaneMax = 127.0f * 256.0f;  // largest 16-bit activation (quantization.py)
 
 __device__ __forceinline__ float plane_scale(float largest) {
@@ -163,10 +168,10 @@ constexpr int kScaled = 128;  // activations of `Rows` that share a scale
 
 // Activations of some tokens, as a streamed product takes them.
 struct Rows {
-  uint8_t* values;    // [planes * padded][bytes]
+  uint8_t* values;    // [plane and token][bytes]
   float* scales;      // [contraction / kScaled][padded], for int8 weights only
   int64_t bytes;      // of a row
-  int padded;         // tokens: 8 or 16
+  int padded;         // tokens: 8, 16, 32 or 64
   bool quantized;     // into planes; bf16 otherwise
 
   __device__ void write(int token, int64_t k, float x, float scale) const {
@@ -193,12 +198,12 @@ struct Rows {
   }
 };
 
-// Sum and largest value over a block; `scratch` holds 2 floats a warp.
+// Sum and largest magnitude over a block; `scratch` holds 2 floats a warp.
 __device__ __forceinline__ void reduce_block(float& sum, float& largest, float* scratch) {
 #pragma unroll
   for (int d = 16; d; d /= 2) {
     sum += __shfl_xor_sync(~0u, sum, d);
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, d));
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   if (lane == 0) {
@@ -211,7 +216,7 @@ __device__ __forceinline__ void reduce_block(float& sum, float& largest, float* 
 #pragma unroll
   for (int d = 16; d; d /= 2) {
     sum += __shfl_xor_sync(~0u, sum, d);
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, d));
   }
 }
 

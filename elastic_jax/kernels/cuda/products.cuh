@@ -72,7 +72,7 @@ __device__ __forceinline__ float normalize(const NormInput& n, const uint2 (&wei
       const float value = __bfloat162float(x[i]);
       square += value * value;
       values[v][i] = value * __bfloat162float(weight[i]);
-      largest = fmaxf(largest, fabsf(values[v][i]));
+      largest = larger(largest, fabsf(values[v][i]));
     }
     if (writes) *reinterpret_cast<uint2*>(n.out + first + index(v)) = *reinterpret_cast<uint2*>(x);
   }
@@ -126,7 +126,8 @@ __host__ __device__ constexpr int sums_bytes(int tokens) {
 }
 
 constexpr int kPackedAtOnce = 4;
-constexpr int kScalesBytes = 2 * kMostTokens * sizeof(float);
+constexpr int kMostPacked = 16;  // tokens
+constexpr int kScalesBytes = 2 * kMostPacked * sizeof(float);
 
 template <typename Weight, int kMTiles, int kRowTiles, int kDepth>
 int product_shared_bytes(int tokens, int64_t row_bytes, int parts) {
@@ -156,9 +157,9 @@ __device__ __forceinline__ void pack_float_rows(const ProductArguments& a, const
     for (int token = warp; token < a.tokens; token += kThreads / 32) {
       float most = 0;
 #pragma unroll 8
-      for (int i = lane; i < a.maxima_count; i += 32) most = fmaxf(most, a.maxima[i * a.tokens + token]);
+      for (int i = lane; i < a.maxima_count; i += 32) most = larger(most, a.maxima[i * a.tokens + token]);
 #pragma unroll
-      for (int d = 16; d; d /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+      for (int d = 16; d; d /= 2) most = larger(most, __shfl_xor_sync(~0u, most, d));
       if (lane == 0) scales[token] = plane_scale(most);
     }
     __syncthreads();
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
   constexpr int kPlanes = Weight::kPlanes;
   constexpr int kPairs = kSwiGlu ? 2 : 1;
   constexpr int kEach = kRowTiles / kPairs;
-  constexpr int kReduced = (kEach * kTileRows * (kMTiles == 2 || kPlanes == 1 ? kMostTokens : 8) + kThreads - 1) / kThreads;
+  constexpr int kReduced = (kEach * kTileRows * (kMTiles == 2 || kPlanes == 1 ? kMostPacked : 8) + kThreads - 1) / kThreads;
   static_assert(kRowTiles % kPairs == 0);
   const Packing packing(a.tokens, kPlanes);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -215,8 +216,8 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
   uint8_t* const ring = shared + warp * kDepth * kRowTiles * kLaneChunk + lane * 16;
   float* const sums = reinterpret_cast<float*>(shared + ring_bytes<kMTiles, kRowTiles, kDepth>());
   float* const scales = sums + sums_bytes<kMTiles, kRowTiles>(a.tokens) / sizeof(float);
-  uint32_t* const largest = reinterpret_cast<uint32_t*>(scales + kMostTokens);
-  uint8_t* const activations = reinterpret_cast<uint8_t*>(largest + kMostTokens);
+  uint32_t* const largest = reinterpret_cast<uint32_t*>(scales + kMostPacked);
+  uint8_t* const activations = reinterpret_cast<uint8_t*>(largest + kMostPacked);
 
   release_successor();
 
@@ -270,7 +271,7 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
   } else {
     pack_normalized<Weight, kThreads>(a, packing, part * length, length, norm_weights, scales, activations, sums);
   }
-  if (threadIdx.x < kMostTokens) largest[threadIdx.x] = 0;
+  if (threadIdx.x < kMostPacked) largest[threadIdx.x] = 0;
   __syncthreads();
 
   typename Weight::Sum sum[kMTiles][kRowTiles][4];
@@ -374,7 +375,8 @@ __global__ void __launch_bounds__(32 * kWarpsFor<kMTiles>, kMTiles == 1 ? 2 : 1)
       const int output = first_output(tile, r) + column;
       if constexpr (kSwiGlu) {
         const float gate = total(0), up = total(1);
-        const float value = gate / (1.0f + __expf(-gate)) * up;
+        float value = gate / (1.0f + __expf(-gate)) * up;
+        if constexpr (kPlanes == 1) value = __bfloat162float(__float2bfloat16_rn(value));  // as quantization.py's `dot`
         a.out[static_cast<int64_t>(token) * half + output] = value;
         atomicMax(largest + token, __float_as_uint(fabsf(value)));
       } else {

@@ -1,4 +1,4 @@
-// Decode of up to 16 tokens on Hopper, bound by reading weights once: the kernels around attention.
+// Decode of up to 64 tokens on Hopper, bound by reading weights once: the kernels around attention.
 //
 // products.cuh keeps the activations of a block's part of the contraction in shared memory, and those of many tokens leave
 // little of it for weights in flight. Here both operands stream through it: a block computes some hundred outputs at once,
@@ -8,7 +8,7 @@
 // reading under way while activations are made.
 //
 // Activations are rows [plane and token][contraction] (`Rows`): for bf16 weights the tokens; for int8 weights the high
-// planes of all tokens, padded to 8 or 16, and then the low ones. 16-bit activations have a scale for each token and 128
+// planes of all tokens, padded to 8, 16, 32 or 64, and then the low ones. 16-bit activations have a scale for each token and 128
 // of the contraction, which is what is multiplied between two waits anyway: finer than one for a token, and whoever makes
 // 128 of them can round them without knowing the others. So nothing is launched only to round, and RMSNorm needs no
 // exchange between blocks: its factor is applied to the product.
@@ -22,7 +22,7 @@ namespace elastic {
 
 constexpr int kMultipliers = 2;      // warpgroups
 constexpr int kStreamedRows = 64;    // outputs of a tile: what a warpgroup multiplies at once
-constexpr int kStreamedThreads = kMultipliers * kWarpgroup + 64;  // two warps fetch
+constexpr int kMostStreamed = 64;    // tokens
 constexpr int kStreamedBytes = 204 << 10;  // of shared memory for the ring at most: an attention's block fits beside it
 
 // -- RMSNorm ----------------------------------------------------------------------------------------------------------
@@ -75,13 +75,13 @@ __global__ void __launch_bounds__(kStreamedNormThreads) streamed_norm(const Stre
     const float value = __bfloat162float(x[i]);
     square += value * value;
     values[i] = value * __bfloat162float(weight[i]);
-    largest = fmaxf(largest, fabsf(values[i]));
+    largest = larger(largest, fabsf(values[i]));
   }
   *reinterpret_cast<uint2*>(a.out + at) = *reinterpret_cast<uint2*>(x);
 #pragma unroll
   for (int d = 16; d; d /= 2) {
     square += __shfl_xor_sync(~0u, square, d);
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    largest = larger(largest, __shfl_xor_sync(~0u, largest, d));
   }
   const float scale = plane_scale(largest);
   rows.write4(token, k, values, scale);
@@ -109,7 +109,12 @@ struct StreamedArguments {
   int counters_count;
 };
 
-// What is fetched at once, and how often ahead. kTiles: of outputs; kPadded: tokens.
+// Tokens with those that fill the right operand.
+__host__ __device__ constexpr int streamed_tokens(int tokens) {
+  return tokens <= 8 ? 8 : tokens <= 16 ? 16 : tokens <= 32 ? 32 : 64;
+}
+
+// What is fetched at once, and how often ahead, and by how many threads. kTiles: of outputs; kPadded: tokens.
 template <typename Weight, int kTiles, int kPadded>
 struct Stream {
   static constexpr int kColumns = kPadded * Weight::kPlanes;
@@ -121,17 +126,11 @@ struct Stream {
   static constexpr int kStages = kStreamedBytes / kStage;
   static constexpr int kBytes = 1024 + kStages * kStage;
   static constexpr int kEach = (kTiles + kMultipliers - 1) / kMultipliers;  // tiles of a warpgroup at most
+  // Sums of both planes and the totals of 64 tokens take more registers than all threads may have: those that fetch are
+  // then a warpgroup, and leave the others theirs.
+  static constexpr bool kManyRegisters = kEach * kColumns / 2 * (Weight::kPlanes + 1) / Weight::kPlanes > 160;
+  static constexpr int kThreads = kMultipliers * kWarpgroup + (kManyRegisters ? kWarpgroup : 64);
   static_assert(kStages >= 2);
-
-  int stage = 0;
-  uint32_t turn = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      turn ^= 1;
-    }
-  }
 };
 
 // Until all threads that multiply are here.
@@ -140,7 +139,7 @@ __device__ __forceinline__ void wait_for_multipliers() {
 }
 
 template <typename Weight, int kTiles, int kPadded, bool kSwiGlu>
-__global__ void __launch_bounds__(kStreamedThreads, 1) streamed_product(const __grid_constant__ StreamedArguments a) {
+__global__ void __launch_bounds__(Stream<Weight, kTiles, kPadded>::kThreads, 1) streamed_product(const __grid_constant__ StreamedArguments a) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stream = elastic::Stream<Weight, kTiles, kPadded>;
   using Sum = typename Weight::Sum;
@@ -169,12 +168,13 @@ __global__ void __launch_bounds__(kStreamedThreads, 1) streamed_product(const __
     if (!kSwiGlu) return (group * kTiles + tile) * kStreamedRows;
     return tile % 2 * half + (group * kTiles + tile) / 2 * kStreamedRows;  // gates and what they multiply take turns
   };
-  Stream at;
+  RingPlace<kStages> at;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / kWarpgroup, 0);  // known to be one for a warp
 
   if (warpgroup == kMultipliers) {
-    if (lane != 0) return;
+    if constexpr (Stream::kManyRegisters) leave_registers<24>();
+    if (lane != 0 || warp % 4 >= 2) return;
     const int all = (groups - walker + walkers - 1) / walkers * steps;
     int group = walker, step = 0;
     auto next = [&](int i) {
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kStreamedThreads, 1) streamed_product(const __
         if (i >= kStages) {
           wait(&empty[stage], at.turn);
         } else if (i > 0) {
-          // One stage after the other: all at once, they would keep the predecessor's small loads waiting for microseconds.
+          // One stage after the other: all at once, they would keep the predecessor's small loads waiting.
           wait(&weights_there[i - 1], 0);
         }
         arrive_expecting(&weights_there[stage], Stream::kActivations);
@@ -215,6 +215,7 @@ __global__ void __launch_bounds__(kStreamedThreads, 1) streamed_product(const __
     return;
   }
 
+  if constexpr (Stream::kManyRegisters) take_registers<240>();
   // Of a tile this thread has the rows `inside` and 8 below, and of every 8 tokens two.
   const int inside = threadIdx.x % kWarpgroup / 32 * 16 + lane / 4, pair = lane % 4 * 2;
   auto tile_at = [&](int i) { return kSwiGlu ? 4 * (i / 2) + 2 * warpgroup + i % 2 : kMultipliers * i + warpgroup; };
@@ -353,11 +354,12 @@ __global__ void __launch_bounds__(kStreamedThreads, 1) streamed_product(const __
               const float gate = totals[2 * b][octet][below][e];
               float& value = totals[2 * b][octet][below][e];
               value = gate / (1.0f + __expf(-gate)) * totals[2 * b + 1][octet][below][e];
-              most = fmaxf(most, fabsf(value));
+              if constexpr (kPlanes == 1) value = __bfloat162float(__float2bfloat16_rn(value));  // as quantization.py's `dot`
+              most = larger(most, fabsf(value));
             }
             if (!a.activated.quantized) continue;
 #pragma unroll
-            for (int d = 4; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+            for (int d = 4; d < 32; d *= 2) most = larger(most, __shfl_xor_sync(~0u, most, d));
             if (lane < 4) atomicMax(&largest[b][8 * octet + pair + e], __float_as_uint(most));
           }
       wait_for_multipliers();

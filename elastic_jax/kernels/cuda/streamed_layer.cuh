@@ -17,19 +17,31 @@ cudaError_t launch_streamed(const StreamedArguments& a, cudaStream_t stream) {
   if (allowed != cudaSuccess) return allowed;
   const int groups = a.outputs / (kTiles * kStreamedRows);
   const int blocks = std::min(groups, std::max(1, device().multiprocessors / a.parts)) * a.parts;
-  return launch(kernel, dim3(blocks), kStreamedThreads, Stream<Weight, kTiles, kPadded>::kBytes, stream, a);
+  return launch(kernel, dim3(blocks), Stream<Weight, kTiles, kPadded>::kThreads, Stream<Weight, kTiles, kPadded>::kBytes, stream, a);
 }
 
 // The sizes that kernels are built for; decode_cuda.py has the same list.
 template <typename Weight, int kPadded, bool kSwiGlu>
 cudaError_t choose_streamed(const StreamedArguments& a, int row_tiles, cudaStream_t stream) {
   if (row_tiles == 32) return launch_streamed<Weight, 4, kPadded, kSwiGlu>(a, stream);
-  if (row_tiles == 64) return launch_streamed<Weight, 8, kPadded, kSwiGlu>(a, stream);
+  if constexpr (kPadded <= 16) {
+    if (row_tiles == 64) return launch_streamed<Weight, 8, kPadded, kSwiGlu>(a, stream);
+  }
   if constexpr (!kSwiGlu) {
     if (row_tiles == 24) return launch_streamed<Weight, 3, kPadded, kSwiGlu>(a, stream);
-    if (row_tiles == 40) return launch_streamed<Weight, 5, kPadded, kSwiGlu>(a, stream);
+    if constexpr (kPadded <= 32) {
+      if (row_tiles == 40) return launch_streamed<Weight, 5, kPadded, kSwiGlu>(a, stream);
+    }
   }
   return cudaErrorInvalidValue;
+}
+
+template <typename Weight, bool kSwiGlu>
+cudaError_t choose_padded(const StreamedArguments& a, int row_tiles, int padded, cudaStream_t stream) {
+  if (padded == 8) return choose_streamed<Weight, 8, kSwiGlu>(a, row_tiles, stream);
+  if (padded == 16) return choose_streamed<Weight, 16, kSwiGlu>(a, row_tiles, stream);
+  if (padded == 32) return choose_streamed<Weight, 32, kSwiGlu>(a, row_tiles, stream);
+  return choose_streamed<Weight, 64, kSwiGlu>(a, row_tiles, stream);
 }
 
 template <bool kSwiGlu>
@@ -48,11 +60,8 @@ cudaError_t run_streamed(const Weight& weight, const Tiles& tiles, const Rows& r
   a.outputs = weight.outputs;
   a.steps = static_cast<int>(weight.row_bytes() / kOperandBytes);
   a.parts = tiles.parts;
-  if (weight.quantized)
-    return rows.padded == 8 ? choose_streamed<Int8, 8, kSwiGlu>(a, tiles.row_tiles, stream)
-                            : choose_streamed<Int8, 16, kSwiGlu>(a, tiles.row_tiles, stream);
-  return rows.padded == 8 ? choose_streamed<Bf16, 8, kSwiGlu>(a, tiles.row_tiles, stream)
-                          : choose_streamed<Bf16, 16, kSwiGlu>(a, tiles.row_tiles, stream);
+  if (weight.quantized) return choose_padded<Int8, kSwiGlu>(a, tiles.row_tiles, rows.padded, stream);
+  return choose_padded<Bf16, kSwiGlu>(a, tiles.row_tiles, rows.padded, stream);
 }
 
 inline cudaError_t run_streamed_norm(const StreamedNormArguments& a, cudaStream_t stream) {
@@ -65,16 +74,16 @@ inline cudaError_t run_streamed_norm(const StreamedNormArguments& a, cudaStream_
 
 // Memory for the activations of a weight's products, of which there is one at a time.
 struct RowsMemory {
+  int padded;
   uint8_t* values;
   float* scales;
-  int tokens;
 
-  RowsMemory(Scratch& scratch, int tokens_, int most)
-      : values(scratch.take<uint8_t>(2 * static_cast<int64_t>(padded_tokens(tokens_)) * most)),
-        scales(scratch.take<float>(static_cast<int64_t>(padded_tokens(tokens_)) * (most / kScaled))),
-        tokens(tokens_) {}
+  RowsMemory(Scratch& scratch, int tokens, int most)
+      : padded(streamed_tokens(tokens)),
+        values(scratch.take<uint8_t>(2 * static_cast<int64_t>(padded) * most)),
+        scales(scratch.take<float>(static_cast<int64_t>(padded) * (most / kScaled))) {}
 
-  Rows of(const Weight& weight) const { return {values, scales, weight.row_bytes(), padded_tokens(tokens), weight.quantized}; }
+  Rows of(const Weight& weight) const { return {values, scales, weight.row_bytes(), padded, weight.quantized}; }
 };
 
 inline Status run_streamed_layer(const LayerArguments& l, cudaStream_t stream) {
@@ -119,7 +128,7 @@ inline Status run_streamed_layer(const LayerArguments& l, cudaStream_t stream) {
   a.state = state;
   a.ended = ended;
   a.into = narrow.of(l.o);
-  a.clusters = splits <= 2;  // larger ones wait too long for neighbouring multiprocessors (measured at 8 and 16 tokens)
+  a.clusters = splits <= 2;  // larger ones wait long for neighbouring multiprocessors
   ELASTIC_RUN(run_attention(l.dim, heads / kv_heads, a, stream), "attention");
 
   p = plain;

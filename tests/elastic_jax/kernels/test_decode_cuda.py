@@ -58,21 +58,25 @@ def test_packed_tiles_fit_and_divide_every_weight_of_mistral_small(mode, tokens)
 
 @pytest.mark.parametrize("mode", ["S", "XL"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_streamed_tiles_divide_every_weight_of_mistral_small(mode, name):
+@pytest.mark.parametrize("tokens", [3, 16, 24, 32, 33, 64])
+def test_streamed_tiles_divide_every_weight_of_mistral_small(mode, name, tokens):
     weight = weight_of(mode, name)
     paired = name.endswith("gate_up")
-    fitting = list(decode_cuda.fitting_streamed_tiles(weight, paired=paired, whole=paired))
-    assert decode_cuda.choose_tiles(90, weight, 16, streamed=True, paired=paired, whole=paired) in fitting
+    fitting = list(decode_cuda.fitting_streamed_tiles(weight, tokens, paired=paired, whole=paired))
+    assert decode_cuda.choose_tiles(90, weight, tokens, streamed=True, paired=paired, whole=paired) in fitting
     for tiles in fitting:
         assert weight.shape[0] % (8 * tiles.row_tiles) == 0
         assert not paired or (tiles.row_tiles % 32 == 0 and tiles.parts == 1)
+        # int32 sums of both planes, and totals, of all tokens: fewer than the registers of a thread.
+        sums = -(-tiles.row_tiles // 16) * max(8, 1 << (tokens - 1).bit_length())
+        assert sums * (3 if mode == "S" else 1) // 2 <= 200
 
 
 def test_streamed_tiles_keep_nearly_all_multiprocessors_busy():
     for name in GROUPS:
         weight = weight_of("S", name)
         paired = name.endswith("gate_up")
-        best = next(decode_cuda.fitting_streamed_tiles(weight, paired=paired, whole=paired))
+        best = next(decode_cuda.fitting_streamed_tiles(weight, 16, paired=paired, whole=paired))
         groups, steps = weight.shape[0] // (8 * best.row_tiles), weight.shape[1] // 128
         turns = -(-groups // (132 // best.parts))
         busiest = turns * best.row_tiles * -(-steps // best.parts)
@@ -80,7 +84,7 @@ def test_streamed_tiles_keep_nearly_all_multiprocessors_busy():
 
 
 def test_products_are_streamed_on_hopper_for_more_than_two_tokens():
-    assert [tokens for tokens in range(1, 17) if decode_cuda.streams(90, tokens)] == list(range(3, 17))
+    assert [tokens for tokens in range(1, 65) if decode_cuda.streams(90, tokens)] == list(range(3, 65))
     assert not any(decode_cuda.streams(capability, 8) for capability in (80, 86, 89, 100, 120))
 
 
@@ -92,6 +96,7 @@ def test_smaller_gpus_take_fewer_tokens(capability):
     ]
     assert fitting == list(range(1, len(fitting) + 1))
     assert 1 <= len(fitting) < 16
+    assert not list(decode_cuda.fitting_tiles(90, weight, 17, paired=True, whole=True))
     for tokens in fitting:
         for tiles in decode_cuda.fitting_tiles(capability, weight, tokens, paired=True, whole=True):
             assert needed(weight, tokens, tiles) <= SHARED[capability]
@@ -131,6 +136,9 @@ def test_scratch_memory_follows_the_streamed_kernels_order():
     sizes = [2 * 9 * 5120, 2 * 16 * 5120, 4 * 16 * 40, 2 * 16 * 32768, 4 * 16 * 256, 4 * 9 * 40]
     sizes += [4 * 4 * 9 * 6144, 4 * 9 * 2 * 4096, 8 * 9 * 2 * 32, 4 * 8 * 9, 4 * 6 * 9 * 5120]
     assert decode_cuda.scratch_bytes(MISTRAL_SMALL, 9, 2, tiles) == sum(map(aligned, sizes))
+    sizes = [2 * 33 * 5120, 2 * 64 * 5120, 4 * 64 * 40, 2 * 64 * 32768, 4 * 64 * 256, 4 * 33 * 40]
+    sizes += [4 * 4 * 33 * 6144, 4 * 33 * 4096, 8 * 33 * 32, 4 * 8 * 33, 4 * 6 * 33 * 5120]
+    assert decode_cuda.scratch_bytes(MISTRAL_SMALL, 33, 1, tiles) == sum(map(aligned, sizes))
 
 
 def aligned(size):
@@ -176,7 +184,7 @@ def test_other_devices_are_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["S", "XL", "mixed"])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 11, 16, 20, 64])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (6, 2, 64)])
 @pytest.mark.parametrize("precision", ["full", "int8"])
 def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, dim, precision):
@@ -196,7 +204,7 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
     context = rng.integers(1, page * pages, tokens).astype(np.int32)
     table = rng.permutation(tokens * pages).reshape(tokens, pages).astype(np.int32)
     slot = table[row, (context - 1) // page] * page + (context - 1) % page
-    used = tokens - 2 if tokens == 11 else tokens  # the others are padding
+    used = tokens - 2 if tokens in (11, 20) else tokens  # the others are padding
     row[used:], slot[used:] = tokens, len(table) * pages * page
     batch = TokenBatch(
         row=jnp.asarray(row),
@@ -237,6 +245,46 @@ def test_layers_and_head_equal_the_composed_ones(mode, tokens, heads, kv_heads, 
         distance, usual = np.linalg.norm(mine - reference), np.linalg.norm(others - reference)
         assert distance <= 1.2 * usual + 1e-4 * np.linalg.norm(reference)
         assert usual <= 0.05 * np.linalg.norm(reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64])
+@pytest.mark.parametrize("group", ["qkv", "o", "gate_up", "down"])
+def test_what_is_no_number_reaches_the_logits(tokens, group):
+    """A broken scale of one output must not be hidden by a maximum of magnitudes: the step reports it by its logits."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 4096, "num_heads": 8, "num_kv_heads": 2}
+    config = dataclasses.replace(MISTRAL_SMALL, num_layers=2, head_dim=128, **sizes)
+    weights = random_weights(config, "S")
+    broken = weights[f"layers.0.{group}"]
+    # Of qkv, a number of the value.
+    scales = broken.scales.at[-5 if group == "qkv" else 5].set(jnp.nan)
+    weights[f"layers.0.{group}"] = dataclasses.replace(broken, scales=scales)
+    page, row = 16, np.arange(tokens, dtype=np.int32)
+    batch = TokenBatch(
+        row=jnp.asarray(row),
+        position=jnp.full(tokens, 4, jnp.int32),
+        slot=jnp.asarray(row * page + 4),
+        block_table=jnp.asarray(row[:, None]),
+        context_length=jnp.full(tokens, 5, jnp.int32),
+        generated=tokens,
+        page_size=page,
+    )
+    rng = np.random.default_rng(0)
+    kv = tuple(random_cache(rng, (tokens * page, 2, 2, 128), "full") for _ in range(config.num_layers))
+    model = Mistral(
+        config,
+        weights,
+        attention=kernels.attention("xla"),
+        dot=kernels.dot("xla"),
+        decode=kernels.decode("cuda"),
+        dtype=jnp.dtype("bfloat16"),
+    )
+
+    def step(token, kv, batch):
+        return model.logits(model(token, kv, batch)[0])
+
+    logits = jax.jit(step)(jnp.arange(3, 3 + tokens, dtype=jnp.int32), kv, batch)
+    assert not np.isfinite(np.asarray(logits)).all(axis=1).any()
 
 
 def random_cache(rng, shape, precision):

@@ -1,5 +1,5 @@
-// Products of int8 matrices for many rows on Hopper: out = ending((x * row_scales) @ (values * scales).T), with exact
-// integer sums.
+// Products of matrices for many rows on Hopper. Of int8: out = ending((x * row_scales) @ (values * scales).T), with exact
+// integer sums; of bf16: out = ending(x @ values.T), with float sums.
 //
 // A block is three warpgroups: one thread of the first fetches tiles of both operands into shared memory, always
 // kStages - 1 ahead of the two others, which multiply 64 rows each with all outputs of the tile. Blocks are as many as
@@ -15,25 +15,26 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "hopper.cuh"
 
 namespace elastic {
 
 enum class Ending {
-  kScaled,    // the product, float32
+  kPlain,     // the product, float32
   kAdded,     // residual + the product, both bf16
   kActivated  // SwiGLU of the product, whose first half of columns are gates; bf16
 };
 
 struct DotArguments {
-  const int8_t* x;          // [rows, contraction]
-  const float* row_scales;  // [rows, blocks]
-  const int8_t* values;     // [outputs, contraction]
-  const float* scales;      // [outputs]
+  const void* x;            // [rows, row_bytes]
+  const float* row_scales;  // [rows, blocks], of int8 only
+  const void* values;       // [outputs, row_bytes]
+  const float* scales;      // [outputs], of int8 only
   const __nv_bfloat16* residual;  // [rows, outputs], for Ending::kAdded
   void* out;                      // [rows, outputs or half of them]
-  int rows, outputs, contraction, blocks;
+  int rows, outputs, row_bytes, blocks;
   int together;  // tiles of rows that are walked for one tile of outputs after the other, for the L2 cache's sake
 };
 
@@ -41,6 +42,7 @@ constexpr int kTileRows = 128, kStep = kOperandBytes;
 constexpr int kMultipliers = 2;  // warpgroups
 constexpr int kDotThreads = (kMultipliers + 1) * kWarpgroup;
 
+// What is fetched at once, and how often ahead.
 template <int kWidth>
 struct Ring {
   static constexpr int kStages = kWidth == 256 ? 4 : 6;
@@ -50,16 +52,6 @@ struct Ring {
     uint64_t full[kStages], empty[kStages];
   };
   static constexpr int kBytes = 1024 + kStages * kStage + static_cast<int>(sizeof(Barriers));
-
-  int stage = 0;
-  uint32_t turn = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      turn ^= 1;
-    }
-  }
 };
 
 // Which tile of rows and outputs a number stands for: groups of `together` tiles of rows walk over all outputs, every
@@ -109,9 +101,9 @@ __device__ inline float activated(float gate, float up) {
   return silu * up;
 }
 
-// Scales and stores what a warpgroup has of a tile. `total(j, k)` is number k of the thread's four of eight columns j,
+// Scales (if kScaled) and stores what a warpgroup has of a tile. `total(j, k)` is number k of the thread's four of eight columns j,
 // two of one row and two of the row 8 below, without the outputs' scales.
-template <int kWidth, Ending kEnding, typename Total>
+template <int kWidth, Ending kEnding, bool kScaled, typename Total>
 __device__ inline void store_tile(const DotArguments& a, int row, int out_tile, const Total& total) {
   constexpr int kOctets = kWidth / 8, kStored = kEnding == Ending::kActivated ? kOctets / 2 : kOctets;
   const int lane = threadIdx.x % 32, quarter = lane % 4, first = out_tile * kStored * 8;
@@ -122,10 +114,12 @@ __device__ inline void store_tile(const DotArguments& a, int row, int out_tile, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int j = four + i, column = first + 8 * j + 2 * quarter;
-      const float2 scale = __ldg(reinterpret_cast<const float2*>(a.scales + column));
-      float2 up_scale;
-      if constexpr (kEnding == Ending::kActivated)
-        up_scale = __ldg(reinterpret_cast<const float2*>(a.scales + columns + column));
+      float2 scale = {1, 1}, up_scale = {1, 1};
+      if constexpr (kScaled) {
+        scale = __ldg(reinterpret_cast<const float2*>(a.scales + column));
+        if constexpr (kEnding == Ending::kActivated)
+          up_scale = __ldg(reinterpret_cast<const float2*>(a.scales + columns + column));
+      }
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
         float2 found = {total(j, 2 * below) * scale.x, total(j, 2 * below + 1) * scale.y};
@@ -133,7 +127,7 @@ __device__ inline void store_tile(const DotArguments& a, int row, int out_tile, 
           found.x = activated(found.x, total(j + kStored, 2 * below) * up_scale.x);
           found.y = activated(found.y, total(j + kStored, 2 * below + 1) * up_scale.y);
         }
-        if constexpr (kEnding == Ending::kScaled) {
+        if constexpr (kEnding == Ending::kPlain) {
           float* const to = static_cast<float*>(a.out) + static_cast<size_t>(row + 8 * below) * columns + column;
           if (row + 8 * below < a.rows) *reinterpret_cast<float2*>(to) = found;
         } else {
@@ -141,7 +135,7 @@ __device__ inline void store_tile(const DotArguments& a, int row, int out_tile, 
         }
       }
     }
-    if constexpr (kEnding != Ending::kScaled) {
+    if constexpr (kEnding != Ending::kPlain) {
 #pragma unroll
       for (int below = 0; below < 2; ++below) {
         transpose_quad(words[below]);  // pieces of 16 bytes, of which a row has 64 in a quad
@@ -162,11 +156,13 @@ __device__ inline void store_tile(const DotArguments& a, int row, int out_tile, 
   }
 }
 
-template <int kWidth, Ending kEnding, bool kBlocked>
+// Sum: int32_t of int8 operands, float of bf16. kBlocked: a row has several scales.
+template <typename Sum, int kWidth, Ending kEnding, bool kBlocked>
 __global__ void __launch_bounds__(kDotThreads, 1)
-    integer_dot(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap values_map,
+    prompt_dot(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap values_map,
                 const __grid_constant__ DotArguments a) {
   using Ring = elastic::Ring<kWidth>;
+  constexpr bool kScaled = std::is_same_v<Sum, int32_t>;
   constexpr int kHalf = kWidth / 2;  // outputs that are fetched at once; with a gate, those of one half
   extern __shared__ uint8_t unaligned[];
   uint8_t* const operands = unaligned + (-shared_address(unaligned) & 1023);
@@ -181,8 +177,8 @@ __global__ void __launch_bounds__(kDotThreads, 1)
   __syncthreads();
 
   const TileOrder order = {(a.rows + kTileRows - 1) / kTileRows, a.outputs / kWidth, a.together};
-  const int warpgroup = threadIdx.x / kWarpgroup, steps = a.contraction / kStep;
-  Ring ring;
+  const int warpgroup = threadIdx.x / kWarpgroup, steps = a.row_bytes / kStep;
+  RingPlace<Ring::kStages> at;
   if (warpgroup == 0) {
     leave_registers<40>();
     if (threadIdx.x != 0) return;
@@ -191,10 +187,10 @@ __global__ void __launch_bounds__(kDotThreads, 1)
       order.find(number, &row_tile, &out_tile);
       const bool paired = kEnding == Ending::kActivated;
       const int first = out_tile * (paired ? kHalf : kWidth), second = first + (paired ? a.outputs / 2 : kHalf);
-      for (int step = 0; step < steps; ++step, ring.advance()) {
-        uint8_t* const left = operands + ring.stage * Ring::kStage;
-        uint64_t* const full = &barriers.full[ring.stage];
-        wait(&barriers.empty[ring.stage], ring.turn ^ 1);
+      for (int step = 0; step < steps; ++step, at.advance()) {
+        uint8_t* const left = operands + at.stage * Ring::kStage;
+        uint64_t* const full = &barriers.full[at.stage];
+        wait(&barriers.empty[at.stage], at.turn ^ 1);
         arrive_expecting(full, Ring::kStage);
         fetch<false>(left, &x_map, step * kStep, row_tile * kTileRows, full);
         fetch<false>(left + Ring::kLeft, &values_map, step * kStep, first, full);
@@ -207,25 +203,27 @@ __global__ void __launch_bounds__(kDotThreads, 1)
   take_registers<232>();
   const int lane = threadIdx.x % 32, block_steps = steps / a.blocks;
   const int inside = (warpgroup - 1) * 64 + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
-  int32_t sums[kHalf] = {};
+  Sum sums[kHalf] = {};
   float totals[kBlocked ? kHalf : 1];
   for (int number = blockIdx.x; number < order.count(); number += gridDim.x) {
     int row_tile, out_tile;
     order.find(number, &row_tile, &out_tile);
     const int row = row_tile * kTileRows + inside;
-    float scale = 0, scale_below = 0;
+    float scale = 1, scale_below = 1;
     if constexpr (kBlocked) {
 #pragma unroll
       for (float& total : totals) total = 0;
     }
     for (int block = 0; block < a.blocks; ++block) {
-      if (row < a.rows) scale = __ldg(a.row_scales + static_cast<size_t>(row) * a.blocks + block);
-      if (row + 8 < a.rows) scale_below = __ldg(a.row_scales + static_cast<size_t>(row + 8) * a.blocks + block);
+      if constexpr (kScaled) {
+        if (row < a.rows) scale = __ldg(a.row_scales + static_cast<size_t>(row) * a.blocks + block);
+        if (row + 8 < a.rows) scale_below = __ldg(a.row_scales + static_cast<size_t>(row + 8) * a.blocks + block);
+      }
       uint64_t* unfinished = nullptr;
-      for (int step = 0; step < block_steps; ++step, ring.advance()) {
-        const uint8_t* const left = operands + ring.stage * Ring::kStage;
+      for (int step = 0; step < block_steps; ++step, at.advance()) {
+        const uint8_t* const left = operands + at.stage * Ring::kStage;
         const uint64_t x = describe(left + (warpgroup - 1) * 64 * kStep), values = describe(left + Ring::kLeft);
-        wait(&barriers.full[ring.stage], ring.turn);
+        wait(&barriers.full[at.stage], at.turn);
         pin(sums);
         begin_products();
 #pragma unroll
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kDotThreads, 1)
         wait_products<1>();
         pin(sums);
         if (unfinished != nullptr && lane == 0) arrive(unfinished);
-        unfinished = &barriers.empty[ring.stage];
+        unfinished = &barriers.empty[at.stage];
       }
       wait_products<0>();
       pin(sums);
@@ -246,7 +244,7 @@ __global__ void __launch_bounds__(kDotThreads, 1)
         for (int i = 0; i < kHalf; ++i) totals[i] += static_cast<float>(sums[i]) * (i % 4 < 2 ? scale : scale_below);
       }
     }
-    store_tile<kWidth, kEnding>(a, row, out_tile, [&](int j, int k) {
+    store_tile<kWidth, kEnding, kScaled>(a, row, out_tile, [&](int j, int k) {
       if constexpr (kBlocked) return totals[4 * j + k];
       return static_cast<float>(sums[4 * j + k]) * (k < 2 ? scale : scale_below);
     });
@@ -261,12 +259,12 @@ struct Launched {
   cudaError_t error;
 };
 
-template <int kWidth, Ending kEnding, bool kBlocked>
+template <typename Sum, int kWidth, Ending kEnding, bool kBlocked>
 Launched launch_dot(const DotArguments& a, cudaStream_t stream) {
-  auto* const kernel = &integer_dot<kWidth, kEnding, kBlocked>;
+  auto* const kernel = &prompt_dot<Sum, kWidth, kEnding, kBlocked>;
   CUtensorMap x_map, values_map;
-  cudaError_t error = describe_matrix(&x_map, a.x, a.rows, a.contraction, kTileRows);
-  if (error == cudaSuccess) error = describe_matrix(&values_map, a.values, a.outputs, a.contraction, kWidth / 2);
+  cudaError_t error = describe_matrix(&x_map, a.x, a.rows, a.row_bytes, kTileRows);
+  if (error == cudaSuccess) error = describe_matrix(&values_map, a.values, a.outputs, a.row_bytes, kWidth / 2);
   if (error != cudaSuccess) return {"describing operands", error};
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Ring<kWidth>::kBytes);
   if (error != cudaSuccess) return {"taking shared memory", error};
@@ -278,23 +276,28 @@ Launched launch_dot(const DotArguments& a, cudaStream_t stream) {
   return {"launching", cudaGetLastError()};
 }
 
-template <int kWidth, bool kBlocked>
+template <typename Sum, int kWidth, bool kBlocked>
 Launched launch_dot(const DotArguments& a, Ending ending, cudaStream_t stream) {
   switch (ending) {
-    case Ending::kScaled: return launch_dot<kWidth, Ending::kScaled, kBlocked>(a, stream);
-    case Ending::kAdded: return launch_dot<kWidth, Ending::kAdded, kBlocked>(a, stream);
-    default: return launch_dot<kWidth, Ending::kActivated, kBlocked>(a, stream);
+    case Ending::kPlain: return launch_dot<Sum, kWidth, Ending::kPlain, kBlocked>(a, stream);
+    case Ending::kAdded: return launch_dot<Sum, kWidth, Ending::kAdded, kBlocked>(a, stream);
+    default: return launch_dot<Sum, kWidth, Ending::kActivated, kBlocked>(a, stream);
   }
 }
 
 // In tiles of `width` outputs, 256 or 128; 128 with scales of blocks, which take twice the registers. The width divides
-// the outputs, the length of a step divides that of a block, and there are rows.
+// the outputs, the length of a step divides that of a block, and there are rows. Of bf16 where there are no scales.
 inline Launched run_dot(const DotArguments& a, Ending ending, int width, cudaStream_t stream) {
-  const bool fits = a.rows > 0 && a.blocks > 0 && a.outputs % width == 0 && a.contraction % (a.blocks * kStep) == 0 &&
-                    a.contraction > 0 && a.together > 0 && (width == 128 || (width == 256 && a.blocks == 1));
+  const bool fits = a.rows > 0 && a.blocks > 0 && a.outputs % width == 0 && a.row_bytes % (a.blocks * kStep) == 0 &&
+                    a.row_bytes > 0 && a.together > 0 && (width == 128 || (width == 256 && a.blocks == 1));
   if (!fits) return {"sizes", cudaErrorInvalidValue};
-  if (width == 256) return launch_dot<256, false>(a, ending, stream);
-  return a.blocks == 1 ? launch_dot<128, false>(a, ending, stream) : launch_dot<128, true>(a, ending, stream);
+  if (a.scales == nullptr) {
+    if (a.blocks != 1) return {"sizes", cudaErrorInvalidValue};
+    return width == 256 ? launch_dot<float, 256, false>(a, ending, stream) : launch_dot<float, 128, false>(a, ending, stream);
+  }
+  if (width == 256) return launch_dot<int32_t, 256, false>(a, ending, stream);
+  return a.blocks == 1 ? launch_dot<int32_t, 128, false>(a, ending, stream)
+                       : launch_dot<int32_t, 128, true>(a, ending, stream);
 }
 
 }  // namespace elastic
