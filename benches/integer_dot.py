@@ -6,7 +6,7 @@ that would not in a model; as many calls as fill 20 ms are put in flight and wai
 warm-up, and the fastest counts. Correctness: the largest difference from the same product in bf16 (int8 is exact in
 bf16, and so are float32 sums of products below 2**24), over the largest output, must be below 2e-6.
 `read_tb_s` counts the weight once, `top_s` counts 2 x rows x out x in. On Hopper the kernel for many rows is tried as
-well; its sizes are not written, since a rule in `integer_dot_cuda` chooses them.
+well; its sizes are not written, since a rule in `prompt_dot_cuda` chooses them.
 
     python benches/integer_dot.py --tiles elastic_jax/kernels/integer_dot_tiles.json --out RESULT.json
     python benches/integer_dot.py --blocks --rows 1024 4096 ...    # with activation scales of blocks (w8a8b)
@@ -28,7 +28,7 @@ from random_model import MISTRAL_SMALL
 from tiles import write_tiles
 
 from elastic_jax.groups import LM_HEAD, Group, model_groups
-from elastic_jax.kernels import integer_dot_cuda, integer_dot_pallas
+from elastic_jax.kernels import integer_dot_pallas, prompt_dot_cuda
 from elastic_jax.kernels.integer_dot_pallas import DotTiles, split_contraction, tiles_for_blocks
 from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, multiprocessors
 from elastic_jax.quantization import activation_blocks
@@ -43,7 +43,7 @@ COPIES_BYTES = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class CudaTiles:
-    """Outputs of a tile of `integer_dot_cuda`."""
+    """Outputs of a tile of `prompt_dot_cuda`."""
 
     width: int
 
@@ -73,7 +73,7 @@ def candidates(rows: int, out: int, contraction: int) -> Iterable[DotTiles]:
 
 def cuda_candidates(rows: int, out: int, contraction: int, blocks: int) -> Iterable[CudaTiles]:
     capability = int(float(jax.devices()[0].compute_capability) * 10)
-    if integer_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks) is not None:
+    if prompt_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks) is not None:
         yield from (CudaTiles(width) for width in (128, 256) if out % width == 0 and (blocks == 1 or width == 128))
 
 
@@ -120,7 +120,7 @@ class Case:
     def compile(self, tiles: DotTiles | CudaTiles) -> Any:
         def product(x: Any, row_scales: Any, weight: Any, scales: Any) -> Any:
             if isinstance(tiles, CudaTiles):
-                return integer_dot_cuda.run(x, row_scales, weight, scales, None, tiles.width, gated=False)
+                return prompt_dot_cuda.run(x, row_scales, weight, scales, None, tiles.width, gated=False)
             return integer_dot_pallas.run(x, row_scales, weight, scales, None, tiles, gated=False, interpret=False)
 
         def call(x: Any, row_scales: Any, scales: Any, *weights: Any) -> Any:

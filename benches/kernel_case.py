@@ -11,6 +11,7 @@ import numpy as np
 
 from elastic_jax import kernels
 from elastic_jax.config import ModelConfig
+from elastic_jax.kernels import decode_cuda
 
 COPIES_BYTES = 256 << 20
 """Memory that the layers of a call take at least: several times an L2 cache."""
@@ -138,9 +139,16 @@ class Place:
     @functools.cached_property
     def defaults(self) -> dict[str, str]:
         """Kind of kernel -> the name of its default implementation."""
-        attention, integer_dot, decode = kernels.default_names(self.config, self.platform, "bfloat16")
+        attention, dot, decode = kernels.default_names(self.config, self.platform, "bfloat16")
         sampling = kernels.default_sampling(self.platform)
-        return {"attention": attention, "integer_dot": integer_dot, "decode": decode, "sampling": sampling}
+        return {"attention": attention, "dot": dot, "decode": decode, "sampling": sampling}
+
+    @property
+    def fused_tokens(self) -> int:
+        """Generated tokens of a step up to which decode's own kernels run."""
+        if self.defaults["decode"] != "cuda":
+            return 0
+        return decode_cuda.MOST_TOKENS if decode_cuda.streams(self.capability, decode_cuda.MOST_TOKENS) else 16
 
     def implementations(self, kind: str) -> list[str]:
         """The default, and the plain reference if it is wanted."""

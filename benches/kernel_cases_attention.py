@@ -13,7 +13,6 @@ from kernel_case import COPIES_BYTES, Case, Place, Random, difference, each_laye
 from random_model import SMALL
 
 from elastic_jax import kernels
-from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import KvPrecision, QuantizedCache
 from elastic_jax.model import Attention
 
@@ -29,7 +28,7 @@ WORKS = (repeated(32, 4096, 32768), *attention_bench.TIMED)
 
 def attentions(place: Place) -> Iterable[Case]:
     for work in SMALL_WORKS if place.config == SMALL else WORKS:
-        if place.defaults["decode"] == "cuda" and not work.prompt and len(work.generated) <= decode_cuda.MOST_TOKENS:
+        if not work.prompt and len(work.generated) <= place.fused_tokens:
             continue  # decode's kernels have their own
         for implementation in place.implementations("attention"):
             if implementation == "xla" and work.prompt and place.config != SMALL:

@@ -18,7 +18,6 @@ from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD, model_groups
-from elastic_jax.kernels import decode_cuda
 from elastic_jax.kv_cache import KvPrecision, QuantizedCache, abstract_cache
 from elastic_jax.model import Block, Linear, rotation
 from elastic_jax.norm import RMSNorm
@@ -28,12 +27,14 @@ from elastic_jax.weights import abstract_weights
 LAYERS = 4
 """Of a chain: gigabytes of weights, of which nothing is left in the L2 cache when the chain begins again."""
 
+TOKENS = (1, 8, 16, 64)
+
 PAGE = 64
 PRECISIONS: dict[str, Choice] = {"int8": "w8a8", "bf16": "bf16"}
 
 
 def decode_layers(place: Place) -> Iterable[Case]:
-    tokens, contexts = ((1, 3), (100,)) if place.config == SMALL else ((1, 8, decode_cuda.MOST_TOKENS), (256, 4096))
+    tokens, contexts = ((1, 3), (100,)) if place.config == SMALL else (TOKENS, (256, 4096))
     for implementation in place.implementations("decode"):
         for weights in PRECISIONS:
             for kv in ("full", "int8"):
@@ -103,9 +104,9 @@ def _layers(place: Place, implementation: str, precision: str, kv: KvPrecision, 
         arithmetic="int8" if precision == "int8" else "bf16",
         layers=LAYERS,
         operands=operands,
-        call=run(implementation, place.defaults["attention"], place.defaults["integer_dot"]),
+        call=run(implementation, place.defaults["attention"], place.defaults["dot"]),
         outcome=outcome,
-        reference=lambda given, caches: outcome(*run("xla", "xla", place.defaults["integer_dot"])(given, caches)),
+        reference=lambda given, caches: outcome(*run("xla", "xla", place.defaults["dot"])(given, caches)),
         error=difference,
         tolerance=3e-2,  # of the largest: the residual stream is bf16, and rounded at every layer
     )
@@ -137,7 +138,7 @@ def _random_cache(random: Random, cache: Any) -> Any:
 def decode_heads(place: Place) -> Iterable[Case]:
     for implementation in place.implementations("decode"):
         for precision in PRECISIONS:
-            for rows in (1, 3) if place.config == SMALL else (1, decode_cuda.MOST_TOKENS):
+            for rows in (1, 3) if place.config == SMALL else (TOKENS[0], TOKENS[-1]):
                 yield _head(place, implementation, precision, rows)
 
 
@@ -179,7 +180,7 @@ def _head(place: Place, implementation: str, precision: str, rows: int) -> Case:
         arithmetic="int8" if precision == "int8" else "bf16",
         layers=count,
         operands=operands,
-        call=each_layer(run(implementation, place.defaults["integer_dot"])),
+        call=each_layer(run(implementation, place.defaults["dot"])),
         outcome=first_result,
         reference=first_layer(run("xla", "xla")),
         error=difference,

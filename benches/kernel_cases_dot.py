@@ -1,4 +1,4 @@
-"""Products with weights: the integer dot as steps call it, and XLA's product of bf16."""
+"""Products with weights as steps call them, of int8 and of bf16."""
 
 import functools
 from collections.abc import Iterable
@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from kernel_case import (
-    FIRST,
-    THEN,
     Case,
     Place,
     Random,
@@ -23,11 +21,11 @@ from random_model import SMALL
 from elastic_jax import kernels
 from elastic_jax.config import ModelConfig
 from elastic_jax.groups import LM_HEAD, model_groups
-from elastic_jax.kernels import integer_dot_cuda
+from elastic_jax.kernels import prompt_dot_cuda
 from elastic_jax.quantization import activation_blocks, swiglu
 
 GENERATED_ROWS = (64, 128)
-"""Of 32 and 64 generated tokens, two each: steps of fewer are decode's."""
+"""Of 32 and 64 generated tokens, two each, beside prompt tokens or where decode's own kernels do not take as many."""
 
 PROMPT_ROWS = (1024, 4096)
 
@@ -51,7 +49,7 @@ def integer_dots(place: Place) -> Iterable[Case]:
             works += [(rows, _EPILOGUES[name], 1) for rows in prompt]
             works.append((prompt[-1], _EPILOGUES[name], activation_blocks(contraction)))
         for rows, epilogue, blocks in works:
-            for implementation in place.implementations("integer_dot"):
+            for implementation in place.implementations("dot"):
                 yield _integer_dot(place, implementation, name, (rows, out, contraction), epilogue, blocks)
 
 
@@ -68,7 +66,7 @@ def _integer_dot(
         residual = random.normal((rows, out)) if epilogue == "added" else None
         return ((x, row_scales, scales, residual), [(random.int8((out, contraction)),) for _ in range(count)]), ()
 
-    dot = kernels.INTEGER_DOT[implementation]
+    dot = kernels.DOT[implementation]
 
     def call(x: Any, row_scales: Any, scales: Any, residual: Any, values: Any) -> jax.Array:
         if epilogue == "SwiGLU":
@@ -76,7 +74,7 @@ def _integer_dot(
         return dot.multiply(x, row_scales, values, scales, residual)
 
     # The implementation called `pallas` leaves products of many rows to one in CUDA C++.
-    cuda = implementation == "pallas" and integer_dot_cuda.choose_width(
+    cuda = implementation == "pallas" and prompt_dot_cuda.choose_width(
         place.capability, place.multiprocessors, *shape, blocks
     )
     extra = (f" {epilogue}" if epilogue else "") + (" w8a8b" if blocks > 1 else "")
@@ -84,7 +82,7 @@ def _integer_dot(
         kernel="integer_dot",
         implementation="cuda" if cuda else implementation,
         work=f"{name} [{out} x {contraction}]{extra}, {rows} rows",
-        turn=place.turn("integer_dot", implementation, telling=rows >= PROMPT_ROWS[-1]),
+        turn=place.turn("dot", implementation, telling=rows >= PROMPT_ROWS[-1]),
         read_bytes=out * contraction,
         operations=2 * rows * out * contraction,
         arithmetic="int8",
@@ -116,35 +114,58 @@ def exact_integer_dot(x: Any, row_scales: Any, scales: Any, residual: Any, value
 def bf16_dots(place: Place) -> Iterable[Case]:
     for name, out, contraction in _weights(place.config):
         for rows in (1, 16) if place.config == SMALL else BF16_ROWS:
-            if name != LM_HEAD or rows <= GENERATED_ROWS[-1]:
-                yield _bf16_dot(name, rows, out, contraction)
+            if name == LM_HEAD and rows > GENERATED_ROWS[-1]:
+                continue
+            epilogue = _EPILOGUES[name] if rows >= PROMPT_ROWS[0] else ""
+            by_name: dict[str, Case] = {}  # of few rows, the default is the reference
+            for implementation in place.implementations("dot"):
+                case = _bf16_dot(place, implementation, name, (rows, out, contraction), epilogue)
+                by_name.setdefault(case.name, case)
+            yield from by_name.values()
 
 
-def _bf16_dot(name: str, rows: int, out: int, contraction: int) -> Case:
+def _bf16_dot(place: Place, implementation: str, name: str, shape: tuple[int, int, int], epilogue: str) -> Case:
+    rows, out, contraction = shape
     count = copies(2 * out * contraction)
 
     def operands(random: Random) -> tuple[Any, Any]:
         x = random.normal((rows, contraction))
-        return ((x,), [(random.normal((out, contraction)),) for _ in range(count)]), ()
+        residual = random.normal((rows, out)) if epilogue == "added" else None
+        # So that products are about one, where SwiGLU bends.
+        weights = [(random.normal((out, contraction)) * contraction**-0.5,) for _ in range(count)]
+        return ((x, residual), weights), ()
 
-    def dot(x: Any, weight: Any, dtype: Any = jnp.bfloat16, precision: Any = None) -> jax.Array:
-        dimensions = (((1,), (1,)), ((), ()))
-        x, weight = x.astype(dtype), weight.astype(dtype)
-        return jax.lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    dot = kernels.DOT[implementation]
 
+    def call(x: Any, residual: Any, weight: Any) -> jax.Array:
+        if epilogue == "SwiGLU":
+            return dot.multiply_float_gated(x, weight)
+        return dot.multiply_float(x, weight, residual)
+
+    def exact(x: Any, residual: Any, weight: Any) -> jax.Array:
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
+        product = jnp.dot(x, weight.T, precision="highest")
+        if epilogue == "SwiGLU":
+            return swiglu(product)
+        return product if residual is None else product + residual.astype(jnp.float32)
+
+    # The implementation called `pallas` leaves to XLA what the kernel in CUDA C++ is not for.
+    cuda = implementation == "pallas" and prompt_dot_cuda.choose_width(
+        place.capability, place.multiprocessors, rows, out, 2 * contraction, 1
+    )
     return Case(
         kernel="bf16_dot",
-        implementation="xla",
-        work=f"{name} [{out} x {contraction}], {rows} rows",
-        turn=FIRST if rows >= PROMPT_ROWS[-1] and name == "gate_up" else THEN,
+        implementation="cuda" if cuda else "xla",
+        work=f"{name} [{out} x {contraction}]{f' {epilogue}' if epilogue else ''}, {rows} rows",
+        turn=place.turn("dot", implementation, telling=rows >= PROMPT_ROWS[-1] and name == "gate_up"),
         read_bytes=2 * out * contraction,
         operations=2 * rows * out * contraction,
         arithmetic="bf16",
         layers=count,
         operands=operands,
-        call=each_layer(lambda x, weight: dot(x, weight).astype(jnp.bfloat16)),
+        call=each_layer(call),
         outcome=first_result,
-        reference=first_layer(functools.partial(dot, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)),
+        reference=first_layer(exact),
         error=difference,
         tolerance=1e-2,
     )

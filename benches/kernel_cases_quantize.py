@@ -25,7 +25,7 @@ def roundings(place: Place) -> Iterable[Case]:
     )
     for name, width, dtype in inputs:
         for blocks in (1, activation_blocks(width)):
-            for implementation in place.implementations("integer_dot"):
+            for implementation in place.implementations("dot"):
                 yield _rounding(place, implementation, name, width, dtype, blocks)
 
 
@@ -49,13 +49,13 @@ def _rounding(place: Place, implementation: str, name: str, width: int, dtype: A
         kernel="quantize",
         implementation=implementation,
         work=f"[{rows} x {width}] {name}, {'w8a8b' if blocks > 1 else 'w8a8'}",
-        turn=place.turn("integer_dot", implementation, telling=normed and blocks == 1),
+        turn=place.turn("dot", implementation, telling=normed and blocks == 1),
         read_bytes=moved,
         operations=0,
         arithmetic="bf16",
         layers=count,
         operands=operands,
-        call=each_layer(rounded(kernels.INTEGER_DOT[implementation].quantize_8bit)),
+        call=each_layer(rounded(kernels.DOT[implementation].quantize_8bit)),
         outcome=first_result,
         reference=first_layer(rounded(quantize_8bit)),
         error=rounding_error,

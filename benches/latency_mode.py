@@ -230,7 +230,7 @@ def run_child(arguments: argparse.Namespace, mode: str) -> None:
             "kv_slots": step.kv_slots,
             "max_context": step.max_context,
             "attention": step.attention,
-            "integer_dot": step.integer_dot,
+            "dot": step.dot,
             "compile_events": counter.count(),
             "skipped": setup.skipped,
         },

@@ -180,13 +180,13 @@ def _kernels() -> Finding:
     from elastic_jax.device import default_device
 
     if default_device().platform == "cpu":
-        return Finding("kernels", "ok", "attention and integer dot: xla (Pallas's are for GPUs)")
+        return Finding("kernels", "ok", "attention and dot: xla (Pallas's are for GPUs)")
     try:
         importlib.import_module("elastic_jax.kernels.attention_pallas")
         importlib.import_module("elastic_jax.kernels.integer_dot_pallas")
     except ImportError as error:
         return Finding("kernels", "wrong", f"Pallas cannot be imported: {error}", "pip install --force-reinstall jax")
-    return Finding("kernels", "ok", "attention and integer dot: pallas, where the model's sizes allow")
+    return Finding("kernels", "ok", "attention and dot: pallas, where the model's sizes allow")
 
 
 def _disk(name: str, folder: Path, variable: str) -> Finding:

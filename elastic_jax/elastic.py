@@ -348,7 +348,7 @@ class ElasticMistral:
                 "units": list(self.engine.runner.unit_names),
             },
             "attention": step.attention,
-            "integer_dot": step.integer_dot,
+            "dot": step.dot,
             "decode": step.decode,
             "sampling": step.sampling,
             "kv": step.kv,

@@ -78,7 +78,7 @@ def default_step_config(
             f"max_context {max_context} is more than the {model.max_position_embeddings} positions of the model"
         )
     buckets = _BUCKETS[platform]
-    attention, integer_dot, decode = kernels.default_names(model, platform, dtype)
+    attention, dot, decode = kernels.default_names(model, platform, dtype)
     return StepConfig(
         rows=max(bucket.generated for bucket in buckets),
         page_size=PAGE_SIZE,
@@ -89,7 +89,7 @@ def default_step_config(
         dtype=dtype,
         buckets=buckets,
         attention=attention,
-        integer_dot=integer_dot,
+        dot=dot,
         decode=decode,
         sampling=kernels.default_sampling(platform),
         kv=kv,
@@ -246,7 +246,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
-        kernels.prepare_to_load(step.integer_dot, step.decode, step.sampling)
+        kernels.prepare_to_load(step.dot, step.decode, step.sampling)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

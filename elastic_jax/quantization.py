@@ -119,8 +119,8 @@ def quantize_16bit(
 
 
 @dataclasses.dataclass(frozen=True)
-class IntegerDot:
-    """An implementation of integer dots.
+class DotKernels:
+    """An implementation of matrix products.
 
     Attributes:
         multiply: (x int8 [rows, in], row_scales float32 [rows, blocks], values int8 [out, in], scales float32 [out, 1],
@@ -129,11 +129,17 @@ class IntegerDot:
             runs of columns of `x`. Without residual, the product in float32; else `add_product` of both.
         multiply_gated: (the first four) -> bfloat16 [rows, out / 2]: `swiglu` of the product.
         quantize_8bit: what the function of that name does.
+        multiply_float: (x [rows, in], weight float [out, in], residual [rows, out] or None) -> [rows, out]: `x` is cast
+            to the weight's type, sums are float32. Without residual, the product in float32; else `add_product` of
+            both.
+        multiply_float_gated: (the first two) -> [rows, out / 2]: `swiglu` of the product, rounded to the weight's type.
     """
 
     multiply: Callable[[Array, Array, Array, Array, Array | None], Array]
     multiply_gated: Callable[[Array, Array, Array, Array], Array]
     quantize_8bit: Callable[[Array, RMSNorm | None, int], tuple[Array, Array]]
+    multiply_float: Callable[[Array, Array, Array | None], Array]
+    multiply_float_gated: Callable[[Array, Array], Array]
 
 
 def swiglu(gate_up: Float[Array, "tokens both"]) -> Float[Array, "tokens half"]:
@@ -148,10 +154,10 @@ def add_product(
     """A product added to what is there, if anything is, in the latter's type, to which the product is rounded first."""
     if residual is None:
         return product
-    return residual + _rounded(product, residual.dtype).astype(residual.dtype)
+    return residual + rounded(product, residual.dtype).astype(residual.dtype)
 
 
-def _rounded(x: Float[Array, "rows columns"], dtype: jnp.dtype) -> Float[Array, "rows columns"]:
+def rounded(x: Float[Array, "rows columns"], dtype: jnp.dtype) -> Float[Array, "rows columns"]:
     """Rounded as a conversion would, which between fused operations XLA may leave out."""
     kind = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
@@ -161,7 +167,7 @@ def _quantized_dot(
     x: Float[Array, "tokens in"],
     weight: QArray,
     wide: int,
-    integer_dot: IntegerDot,
+    kernels: DotKernels,
     norm: RMSNorm | None,
     gated: bool,
     residual: Float[Array, "tokens out"] | None,
@@ -176,36 +182,21 @@ def _quantized_dot(
         scales += [256.0 * scale, scale]
     if wide < x.shape[0]:
         blocks = activation_blocks(x.shape[1]) if weight.prompt_activations == "a8b" else 1
-        plane, scale = integer_dot.quantize_8bit(x[wide:], norm, blocks)
+        plane, scale = kernels.quantize_8bit(x[wide:], norm, blocks)
         planes.append(plane)
         # Rows of 16-bit activations beside rows with block scales have the same scale in each block.
         scales = [jnp.broadcast_to(each, (each.shape[0], scale.shape[1])) for each in scales]
         scales.append(scale)
     if not wide:
         operands = planes[0], scales[0], weight.values, weight.scales
-        return integer_dot.multiply_gated(*operands) if gated else integer_dot.multiply(*operands, residual)
-    out = integer_dot.multiply(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales, None)
+        return kernels.multiply_gated(*operands) if gated else kernels.multiply(*operands, residual)
+    out = kernels.multiply(jnp.concatenate(planes), jnp.concatenate(scales), weight.values, weight.scales, None)
     out = jnp.concatenate([out[:wide] + out[wide : 2 * wide], out[2 * wide :]])
     if not gated:
         return add_product(residual, out)
     out = swiglu(out)
     # As `multiply_gated` rounds them: what a prompt token is given must not depend on the step's other tokens.
-    return jnp.concatenate([out[:wide], _rounded(out[wide:], jnp.dtype(jnp.bfloat16))])
-
-
-def _plain_dot(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float32[Array, "tokens out"]:
-    rows = x.shape[0]
-    x = x.astype(weight.dtype)
-    if rows == 1:
-        # XLA takes one row for no product and converts the whole weight to float32 first: 7 times slower on CPU, and
-        # 3 times a whole step on a GPU that it cannot tune for. Where it tunes, two rows cost what one costs.
-        x = jnp.concatenate([x, x])
-    # GPUs would multiply float32 as TF32, with 10 bits.
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    sums = jax.lax.dot_general(
-        x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return sums[:rows]
+    return jnp.concatenate([out[:wide], rounded(out[wide:], jnp.dtype(jnp.bfloat16))])
 
 
 def dot(
@@ -213,7 +204,7 @@ def dot(
     weight: Float[Array, "out in"] | QArray,
     *,
     generated: int,
-    integer_dot: IntegerDot,
+    kernels: DotKernels,
     norm: RMSNorm | None = None,
     gated: bool = False,
     residual: Float[Array, "tokens out"] | None = None,
@@ -224,18 +215,19 @@ def dot(
         x: activations, the generated tokens' rows first.
         weight: a float matrix (activations are cast to its dtype, sums are float32), or a `QArray`.
         generated: how many of the first rows are generated tokens.
-        integer_dot: the implementation of integer dots (`kernels.INTEGER_DOT`).
+        kernels: the implementation (`kernels.DOT`).
         norm: normalizes the activations first.
         gated: whether the weight's outputs are gate and up, and `swiglu` of them is wanted.
         residual: what the product is added to (`add_product`); not if gated.
 
     Returns:
-        float32 [tokens, out], or the residual's type; [tokens, out / 2] if gated. 8-bit activations are too coarse to
-        tell a gated result from its rounding to bfloat16, so prompt tokens that have them get that: bfloat16 values,
-        and bfloat16 as their type where no token has 16-bit activations.
+        float32 [tokens, out], or the residual's type; [tokens, out / 2] if gated. A gated result of a float matrix is
+        rounded to that matrix's type. 8-bit activations are too coarse to tell one from its rounding to bfloat16, so
+        prompt tokens that have them get that: bfloat16 values, and bfloat16 as their type where no token has 16-bit
+        activations.
     """
     if isinstance(weight, QArray):
         wide = x.shape[0] if weight.prompt_activations == "a16" else generated
-        return _quantized_dot(x, weight, wide, integer_dot, norm, gated, residual)
-    out = _plain_dot(x if norm is None else norm(x), weight)
-    return swiglu(out) if gated else add_product(residual, out)
+        return _quantized_dot(x, weight, wide, kernels, norm, gated, residual)
+    x = x if norm is None else norm(x)
+    return kernels.multiply_float_gated(x, weight) if gated else kernels.multiply_float(x, weight, residual)

@@ -68,7 +68,7 @@ class StepConfig:
         dtype: type of the residual stream, of unquantized products and, unless `kv` says otherwise, of the KV cache.
         buckets: sizes of step.
         attention: name of the attention implementation (`kernels.ATTENTION`).
-        integer_dot: name of the implementation of integer dots (`kernels.INTEGER_DOT`).
+        dot: name of the implementation of matrix products (`kernels.DOT`).
         decode: name of the implementation of steps that only generate (`kernels.DECODE`).
         sampling: name of the implementation of choosing tokens (`kernels.SAMPLING`).
         kv: precision of the KV cache.
@@ -83,7 +83,7 @@ class StepConfig:
     dtype: ComputeDtype
     buckets: tuple[Bucket, ...]
     attention: str
-    integer_dot: str
+    dot: str
     decode: str
     sampling: str
     kv: KvPrecision

@@ -41,7 +41,7 @@ def top_name(outputs: int) -> str:
 
 def build_model(config: ModelConfig, weights: dict[str, Any], step: StepConfig) -> Mistral:
     """The module over given weights: arrays, or shapes."""
-    attention, dot = kernels.attention(step.attention), kernels.dot(step.integer_dot)
+    attention, dot = kernels.attention(step.attention), kernels.dot(step.dot)
     decode = kernels.decode(step.decode)
     return Mistral(config, weights, attention=attention, dot=dot, decode=decode, dtype=jnp.dtype(step.dtype))
 

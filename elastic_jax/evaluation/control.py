@@ -22,7 +22,7 @@ from elastic_jax.elastic import ElasticMistral
 from elastic_jax.engine import Engine
 from elastic_jax.executables import default_compiler_options, default_step_config
 from elastic_jax.groups import LM_HEAD, model_groups
-from elastic_jax.kernels import integer_dot_xla
+from elastic_jax.kernels import dot_xla
 from elastic_jax.memory import plan_memory
 from elastic_jax.model import Mistral
 from elastic_jax.norm import RMSNorm
@@ -68,9 +68,9 @@ def static_dot(
     residual: Float[Array, "tokens out"] | None = None,
 ) -> Float[Array, "tokens columns"]:
     """`quantization.dot`, and for a `StaticArray` the product of activations rounded at its scale and clipped."""
-    dot = integer_dot_xla.IMPLEMENTATION
+    dot = dot_xla.IMPLEMENTATION
     if not isinstance(weight, StaticArray):
-        return quantized_dot(x, weight, generated=generated, integer_dot=dot, norm=norm, gated=gated, residual=residual)
+        return quantized_dot(x, weight, generated=generated, kernels=dot, norm=norm, gated=gated, residual=residual)
     x = (x if norm is None else norm(x)).astype(jnp.float32)
     plane = jnp.clip(jnp.round(x / weight.activation_scale), -127, 127).astype(jnp.int8)
     scale = jnp.broadcast_to(weight.activation_scale, (x.shape[0], 1))
@@ -149,7 +149,7 @@ def load_control(
     """
     config = checkpoint.config
     default = default_step_config(config, device.platform, "bfloat16", kv_slots=kv_slots, max_context=None)
-    step = dataclasses.replace(default, decode="xla", integer_dot="xla")
+    step = dataclasses.replace(default, decode="xla", dot="xla")
     weights = control_weights(checkpoint, scales, "bfloat16", device, workers)
     runner = Runner(config, step, control_units(config, weights, step, device), weights, device)
     plan = Plan(CONTROL, provisional_plans(config)["L"].choices, _NOTE, False, {})

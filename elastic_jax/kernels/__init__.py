@@ -9,11 +9,11 @@ from jaxtyping import Array
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
-from elastic_jax.kernels import attention_xla, integer_dot_xla
+from elastic_jax.kernels import attention_xla, dot_xla
 from elastic_jax.kv_cache import Cache
 from elastic_jax.model import Attention, Decode, Dot
 from elastic_jax.norm import RMSNorm
-from elastic_jax.quantization import IntegerDot
+from elastic_jax.quantization import DotKernels
 from elastic_jax.quantization import dot as quantized_dot
 from elastic_jax.sampling import Choose
 from elastic_jax.sampling import choose as choose_xla
@@ -45,15 +45,33 @@ def _pallas_quantize_8bit(x: Array, norm: RMSNorm | None, blocks: int) -> tuple[
     return quantize_pallas.quantize_8bit(x, norm, blocks)
 
 
+def _cuda_multiply_float(x: Array, weight: Array, residual: Array | None) -> Array:
+    from elastic_jax.kernels import prompt_dot_cuda
+
+    return prompt_dot_cuda.multiply_float(x, weight, residual)
+
+
+def _cuda_multiply_float_gated(x: Array, weight: Array) -> Array:
+    from elastic_jax.kernels import prompt_dot_cuda
+
+    return prompt_dot_cuda.multiply_float_gated(x, weight)
+
+
 ATTENTION: dict[str, Attention] = {"xla": attention_xla.attention, "pallas": _pallas_attention}
 """Attention over the paged cache by name: `xla` is the plain-XLA reference, for every platform; `pallas` is for NVIDIA
 GPUs, and refuses to be traced for anything else."""
 
-INTEGER_DOT: dict[str, IntegerDot] = {
-    "xla": integer_dot_xla.IMPLEMENTATION,
-    "pallas": IntegerDot(_pallas_multiply, _pallas_multiply_gated, _pallas_quantize_8bit),
+DOT: dict[str, DotKernels] = {
+    "xla": dot_xla.IMPLEMENTATION,
+    "pallas": DotKernels(
+        _pallas_multiply,
+        _pallas_multiply_gated,
+        _pallas_quantize_8bit,
+        _cuda_multiply_float,
+        _cuda_multiply_float_gated,
+    ),
 }
-"""Products of int8 by name, with the same two meanings."""
+"""Matrix products by name, with the same two meanings; those of bfloat16 are XLA's, but for many rows on Hopper."""
 
 
 def _cuda_decode() -> Decode:
@@ -88,12 +106,12 @@ def attention(name: str) -> Attention:
 
 @functools.cache  # so that equal models are equal
 def dot(name: str) -> Dot:
-    """`quantization.dot` over the implementation of integer dots of that name.
+    """`quantization.dot` over the implementation of matrix products of that name.
 
     Raises:
         ConfigError: there is none.
     """
-    return functools.partial(quantized_dot, integer_dot=_named(INTEGER_DOT, name, "integer dot"))
+    return functools.partial(quantized_dot, kernels=_named(DOT, name, "dot"))
 
 
 def decode(name: str) -> Decode | None:
@@ -114,16 +132,16 @@ def sampling(name: str) -> Choose:
     return _named(SAMPLING, name, "sampling")
 
 
-def prepare_to_load(integer_dot: str, decode: str, sampling: str) -> None:
+def prepare_to_load(dot: str, decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
         ConfigError: a library cannot be loaded here.
     """
-    if integer_dot == "pallas":  # On Hopper, products of many rows are kernels of a library.
-        from elastic_jax.kernels import integer_dot_cuda
+    if dot == "pallas":  # On Hopper, products of many rows are kernels of a library.
+        from elastic_jax.kernels import prompt_dot_cuda
 
-        integer_dot_cuda.register()
+        prompt_dot_cuda.register()
     if decode == "cuda":
         from elastic_jax.kernels import decode_cuda
 
@@ -135,7 +153,7 @@ def prepare_to_load(integer_dot: str, decode: str, sampling: str) -> None:
 
 
 def default_names(config: ModelConfig, platform: str, dtype: ComputeDtype) -> tuple[str, str, str]:
-    """The attention, integer dot and decode used unless others are named: on GPUs, the kernels that the model's sizes
+    """The attention, dot and decode used unless others are named: on GPUs, the kernels that the model's sizes
     and type allow.
 
     Args:

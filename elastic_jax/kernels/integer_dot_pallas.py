@@ -1,9 +1,9 @@
-"""The integer dot as a Pallas kernel (Triton backend) for NVIDIA GPUs: int8 tensor cores, scales in the epilogue.
+"""Products of int8 as a Pallas kernel (Triton backend) for NVIDIA GPUs: int8 tensor cores, scales in the epilogue.
 
-Its interface is `integer_dot_xla`'s; only the last rounding may differ. There is nothing in it for XLA to tune, so that
+The interface is `dot_xla`'s; only the last rounding may differ. There is nothing in it for XLA to tune, so that
 a program compiled without the device is as fast as one compiled on it.
 
-Products of many rows on Hopper are left to `integer_dot_cuda`.
+Products of many rows on Hopper are left to `prompt_dot_cuda`.
 
 A product of few rows is bound by reading the weight. Tiles of it are then the left operand, whose height the tensor
 cores fill, and the contraction is split among programs wherever the outputs alone would leave multiprocessors idle.
@@ -24,11 +24,11 @@ from jaxtyping import Array, BFloat16, Float, Float32, Int8
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels import integer_dot_cuda
+from elastic_jax.kernels import prompt_dot_cuda
 from elastic_jax.kernels.pallas_device import LEAST_CAPABILITY, compute_capability, multiprocessors
 from elastic_jax.quantization import add_product
 
-_NAME = "the integer dot called 'pallas'"
+_NAME = "the dot called 'pallas'"
 
 _INSTEAD = "use the one called 'xla' instead"
 
@@ -83,7 +83,7 @@ def multiply(
     """
     width = _cuda_width_here(row_scales, values)
     if width is not None and (residual is None or residual.dtype == jnp.bfloat16):
-        return integer_dot_cuda.run(x, row_scales, values, scales, residual, width, gated=False)
+        return prompt_dot_cuda.run(x, row_scales, values, scales, residual, width, gated=False)
     tiles = _tiles_here(x, row_scales, values)
     return run(x, row_scales, values, scales, residual, tiles, gated=False, interpret=False)
 
@@ -101,7 +101,7 @@ def multiply_gated(
     """
     width = _cuda_width_here(row_scales, values)
     if width is not None:
-        return integer_dot_cuda.run(x, row_scales, values, scales, None, width, gated=True)
+        return prompt_dot_cuda.run(x, row_scales, values, scales, None, width, gated=True)
     tiles = dataclasses.replace(_tiles_here(x, row_scales, values), splits=1)
     return run(x, row_scales, values, scales, None, tiles, gated=True, interpret=False)
 
@@ -111,7 +111,7 @@ def _cuda_width_here(row_scales: Array, values: Array) -> int | None:
     out, contraction = values.shape
     capability = compute_capability(_NAME, _INSTEAD)
     rows, blocks = row_scales.shape
-    return integer_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks)
+    return prompt_dot_cuda.choose_width(capability, multiprocessors(), rows, out, contraction, blocks)
 
 
 def _tiles_here(x: Array, row_scales: Array, values: Array) -> DotTiles:

@@ -17,14 +17,14 @@ def unmeasured(step: StepConfig, device: Device) -> str | None:
         step: its names of implementations say which kernels are used.
         device: the device, which may be absent.
     """
-    if device.platform != "gpu" or (step.integer_dot, step.decode) == ("xla", "xla"):
+    if device.platform != "gpu" or (step.dot, step.decode) == ("xla", "xla"):
         return None
     from elastic_jax.kernels import decode_cuda, integer_dot_pallas
 
     capability = Target.of(device).facts["compute_capability"]
     number = round(10 * float(capability))
     measured = {
-        "integer dot": (step.integer_dot == "pallas", integer_dot_pallas.measured_tiles()),
+        "integer dot": (step.dot == "pallas", integer_dot_pallas.measured_tiles()),
         "decode": (step.decode == "cuda", decode_cuda.measured_tiles()),
     }
     missing = [name for name, (used, table) in measured.items() if used and number not in {key[0] for key in table}]

@@ -95,7 +95,7 @@ def _time_product(group: Group, choice: Choice, rows: int, generated: int, step:
         copy, its_scales = (jax.device_put(array.copy(), device) for array in (values, scales))
         return QArray(copy, its_scales, PROMPT_ACTIVATIONS[choice])
 
-    dot = kernels.dot(step.integer_dot)
+    dot = kernels.dot(step.dot)
 
     @jax.jit
     def products(x: Any, weights: tuple[Any, ...]) -> Any:

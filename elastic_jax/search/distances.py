@@ -55,14 +55,14 @@ class Head:
         norm: the final norm's weight.
         weight: the original's.
         eps: of the norm.
-        integer_dot: name of the integer dot.
+        dot_name: name of the implementation of matrix products.
         tokens: whose logits exist at once: those of a whole text may be larger than the model.
     """
 
     norm: Any
     weight: Any
     eps: float
-    integer_dot: str
+    dot_name: str
     tokens: int
 
 
@@ -82,7 +82,7 @@ class Reference:
         target[:, :-1] = windows[:, 1:]
         self._target = jax.device_put(target.reshape(-1), device)
         kept = stream.shape[0] * head.weight.shape[0] * 4 <= KEPT_BYTES
-        settings = (head.eps, head.integer_dot, head.tokens)
+        settings = (head.eps, head.dot_name, head.tokens)
         self._known = _log_probabilities(stream, head.norm, head.weight, *settings) if kept else None
 
     def compare(self, candidates: Sequence[Float32[Array, "tokens hidden"]], head: Any) -> "list[Array]":
@@ -93,7 +93,7 @@ class Reference:
             head: the candidates' weight of the language-model head.
         """
         own = self._head
-        settings = (own.eps, own.integer_dot, own.tokens)
+        settings = (own.eps, own.dot_name, own.tokens)
         known = self._stream if self._known is None else self._known
         weights = (own.norm, own.weight, head)
         return list(_compare(known, tuple(candidates), *weights, self._target, *settings))
@@ -109,18 +109,18 @@ def _chunks(x: Array, size: int) -> Array:
     return jnp.pad(x, ((0, padded),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
 
 
-def _logits(x: Array, norm: Array, weight: Any, eps: float, integer_dot: str) -> Array:
-    return product(integer_dot)(RMSNorm(norm, eps)(x), weight, generated=x.shape[0])
+def _logits(x: Array, norm: Array, weight: Any, eps: float, dot_name: str) -> Array:
+    return product(dot_name)(RMSNorm(norm, eps)(x), weight, generated=x.shape[0])
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "integer_dot", "size"))
-def _log_probabilities(x: Array, norm: Array, weight: Any, eps: float, integer_dot: str, size: int) -> Array:
+@functools.partial(jax.jit, static_argnames=("eps", "dot_name", "size"))
+def _log_probabilities(x: Array, norm: Array, weight: Any, eps: float, dot_name: str, size: int) -> Array:
     """float32 [chunks, size, vocabulary]."""
     size = min(size, x.shape[0])
-    return jax.lax.map(lambda part: jax.nn.log_softmax(_logits(part, norm, weight, eps, integer_dot)), _chunks(x, size))
+    return jax.lax.map(lambda part: jax.nn.log_softmax(_logits(part, norm, weight, eps, dot_name)), _chunks(x, size))
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "integer_dot", "size"))
+@functools.partial(jax.jit, static_argnames=("eps", "dot_name", "size"))
 def _compare(
     known: Array,
     candidates: tuple[Array, ...],
@@ -129,7 +129,7 @@ def _compare(
     head: Any,
     target: Array,
     eps: float,
-    integer_dot: str,
+    dot_name: str,
     size: int,
 ) -> tuple[Array, Array, Array]:
     """`known` is the original's residual stream [tokens, hidden], or its log-probabilities by chunks."""
@@ -139,9 +139,9 @@ def _compare(
     def each_chunk(parts: tuple[Array, tuple[Array, ...], Array]) -> tuple[Array, Array, Array]:
         of_original, others, wanted = parts
         if known.ndim == 2:
-            of_original = jax.nn.log_softmax(_logits(of_original, norm, original, eps, integer_dot))
+            of_original = jax.nn.log_softmax(_logits(of_original, norm, original, eps, dot_name))
         best = jnp.argmax(of_original, axis=-1)
-        found = [divergence(of_original, best, _logits(x, norm, head, eps, integer_dot), wanted) for x in others]
+        found = [divergence(of_original, best, _logits(x, norm, head, eps, dot_name), wanted) for x in others]
         kl, flips, loss = (jnp.stack(each) for each in zip(*found, strict=True))
         return kl, flips, loss
 

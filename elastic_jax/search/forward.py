@@ -348,7 +348,7 @@ def _piece(
         kind: the group's.
         config: the model.
         shape: windows, and tokens of each.
-        dot_name: the integer dot.
+        dot_name: the implementation of matrix products.
         capture: whether the group's input is wanted.
 
     Returns:

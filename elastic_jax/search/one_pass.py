@@ -103,7 +103,7 @@ def layer_scores(forward: Forward, x: Array, layer: int, gradient: Array) -> tup
 
 
 def _settings(head: Head) -> tuple[Any, ...]:
-    return head.norm, head.weight, head.eps, head.integer_dot, head.tokens
+    return head.norm, head.weight, head.eps, head.dot_name, head.tokens
 
 
 @functools.partial(jax.jit, static_argnames=("half", "config", "shape", "dot_name"))
@@ -164,8 +164,8 @@ def _half_scores(
     return before, scores
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "integer_dot", "size"))
-def _head_gradient(x: Array, norm: Array, weight: Any, eps: float, integer_dot: str, size: int, seed: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("eps", "dot_name", "size"))
+def _head_gradient(x: Array, norm: Array, weight: Any, eps: float, dot_name: str, size: int, seed: Array) -> Array:
     """The gradient of the drawn labels' log-probability by the last residual stream."""
     tokens = x.shape[0]
     size = min(size, tokens)
@@ -175,7 +175,7 @@ def _head_gradient(x: Array, norm: Array, weight: Any, eps: float, integer_dot: 
         chunk, key = parts
 
         def logits(x: Array) -> Array:
-            return product(integer_dot)(RMSNorm(norm, eps)(x), weight, generated=x.shape[0])
+            return product(dot_name)(RMSNorm(norm, eps)(x), weight, generated=x.shape[0])
 
         found, pull = jax.vjp(logits, chunk)
         label = jax.random.categorical(key, found, axis=-1)

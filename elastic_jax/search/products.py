@@ -67,9 +67,9 @@ def exact(x: Float[Array, "tokens in"], weight: Float[Array, "out in"]) -> Float
 
 
 @functools.cache  # so that compiled units that share it are found again
-def product(integer_dot: str) -> Dot:
-    """The product of any weight: `exact` for float matrices, the named integer dot for `QArray` and `Rounded`."""
-    named = kernels.dot(integer_dot)
+def product(dot_name: str) -> Dot:
+    """The product of any weight: `exact` for float matrices, the named implementation for `QArray` and `Rounded`."""
+    named = kernels.dot(dot_name)
 
     def dot(
         x: Array,

@@ -141,8 +141,8 @@ class Scores:
 
 
 def identify(checkpoint: Checkpoint, text: Text, kernel: str, *, method: str | None = None) -> dict[str, Any]:
-    """What scores are of: the weights, the text, the integer dot that was used, and how, unless they were measured."""
+    """What scores are of: the weights, the text, the dot that was used, and how, unless they were measured."""
     files = {name: record.sha256 for name, record in sorted(checkpoint.files().items()) if name.startswith("weights/")}
     weights = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    found = {"weights": weights, "text": text.digest, "windows": list(text.windows.shape), "integer dot": kernel}
+    found = {"weights": weights, "text": text.digest, "windows": list(text.windows.shape), "dot": kernel}
     return found if method is None else found | {"method": method}

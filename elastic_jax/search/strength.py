@@ -63,7 +63,7 @@ def choose_strength(
         largest: largest magnitude of each input channel on calibration text.
         held_out: the group's input on other text.
         strengths: to try; 0 is added if it is missing.
-        dot_name: the integer dot.
+        dot_name: the implementation of matrix products.
 
     Returns:
         what was found, and the chosen exponents.

@@ -62,7 +62,7 @@ class StepClock:
         The first plan's is compiled before the others, which are several at once: on a GPU XLA tunes products of floats
         by timing them while it compiles, and those that the plans share are tuned while nothing else runs.
         """
-        kernels.prepare_to_load(self._step.integer_dot, self._step.decode, self._step.sampling)
+        kernels.prepare_to_load(self._step.dot, self._step.decode, self._step.sampling)
         wanted = {plan.digest(): plan for plan in plans if plan.digest() not in self._compiled}
 
         def build(plan: Plan) -> Any:

@@ -357,7 +357,7 @@ def test_info_says_what_is_loaded(model: ElasticMistral, compiled: CompiledTiny)
     assert sorted(compiled.units) == info["executables"]["units"]
     assert Path(info["executables"]["folder"]).is_dir()
     assert (info["kv_capacity_tokens"], info["rows"], info["max_context"]) == (1024, 4, 256)
-    assert (info["attention"], info["integer_dot"]) == (compiled.step.attention, compiled.step.integer_dot)
+    assert (info["attention"], info["dot"]) == (compiled.step.attention, compiled.step.dot)
 
 
 def test_max_context_can_be_shortened(compiled: CompiledTiny) -> None:

@@ -96,7 +96,7 @@ def test_the_state_has_two_leaves_a_layer():
 
 def test_every_kernel_takes_it():
     step = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=4096, max_context=None, kv="int8")
-    assert (step.attention, step.integer_dot, step.decode) == ("pallas", "pallas", "cuda")
+    assert (step.attention, step.dot, step.decode) == ("pallas", "pallas", "cuda")
 
 
 # -- a whole mode ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ VOCAB, HIDDEN, LAYERS = 131072, 5120, 40
 PLANS = provisional_plans(MISTRAL_SMALL)
 DEFAULT = default_step_config(MISTRAL_SMALL, "gpu", "bfloat16", kv_slots=131072, max_context=None)
 # Pallas's kernels are traced for a GPU only; they change no shape.
-STEP = dataclasses.replace(DEFAULT, attention="xla", integer_dot="xla", decode="xla", sampling="xla")
+STEP = dataclasses.replace(DEFAULT, attention="xla", dot="xla", decode="xla", sampling="xla")
 
 
 @functools.cache

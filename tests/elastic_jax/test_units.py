@@ -254,9 +254,7 @@ def test_a_plan_for_another_model_is_refused(tiny):
         make_units(deeper, tiny.plan("M"), STEP)
 
 
-@pytest.mark.parametrize(
-    ("field", "what"), [("attention", "attention"), ("integer_dot", "integer dot"), ("sampling",) * 2]
-)
+@pytest.mark.parametrize(("field", "what"), [("attention", "attention"), ("dot", "dot"), ("sampling",) * 2])
 def test_an_unknown_implementation_is_refused(tiny, field, what):
     with pytest.raises(ConfigError, match=f"no {what} implementation is called 'flash'"):
         make_units(tiny.config, tiny.plan("M"), tiny_step_config(**{field: "flash"}))

@@ -56,7 +56,7 @@ def tiny_step_config(**changes: Any) -> StepConfig:
         "dtype": "float32",
         "buckets": (Bucket(1, 0), Bucket(4, 0), Bucket(0, 16), Bucket(0, 64), Bucket(4, 16)),
         "attention": "xla",
-        "integer_dot": "xla",
+        "dot": "xla",
         "decode": "xla",
         "sampling": "xla",
         "kv": "full",

@@ -1,12 +1,12 @@
-// Products of int8 matrices for the many rows of prompts (integer_dot.cuh), called by XLA (jax.ffi);
-// integer_dot_cuda.py describes arguments and results.
+// Products of matrices for the many rows of prompts (prompt_dot.cuh), called by XLA (jax.ffi); prompt_dot_cuda.py
+// describes arguments and results.
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <string>
 
-#include "integer_dot.cuh"
+#include "prompt_dot.cuh"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -19,28 +19,29 @@ T* data(ffi::AnyBuffer buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// `residual` is empty where nothing is added.
-ffi::Error prompt_dot(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer row_scales, ffi::AnyBuffer values,
-                      ffi::AnyBuffer scales, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out, int32_t gated,
-                      int32_t width, int32_t together) {
+// `residual` is empty where nothing is added; so are the scales of bf16.
+ffi::Error call_prompt_dot(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer row_scales, ffi::AnyBuffer values,
+                           ffi::AnyBuffer scales, ffi::AnyBuffer residual, ffi::Result<ffi::AnyBuffer> out,
+                           int32_t gated, int32_t width, int32_t together) {
+  const bool quantized = values.element_type() == ffi::DataType::S8;
   DotArguments a = {};
-  a.x = data<int8_t>(x);
+  a.x = x.untyped_data();
   a.row_scales = data<float>(row_scales);
-  a.values = data<int8_t>(values);
-  a.scales = data<float>(scales);
+  a.values = values.untyped_data();
+  a.scales = quantized ? data<float>(scales) : nullptr;
   a.residual = data<__nv_bfloat16>(residual);
   a.out = out->untyped_data();
   a.rows = static_cast<int>(x.dimensions()[0]);
   a.outputs = static_cast<int>(values.dimensions()[0]);
-  a.contraction = static_cast<int>(values.dimensions()[1]);
-  a.blocks = static_cast<int>(row_scales.dimensions()[1]);
+  a.row_bytes = static_cast<int>(values.dimensions()[1]) * (quantized ? 1 : 2);
+  a.blocks = quantized ? static_cast<int>(row_scales.dimensions()[1]) : 1;
   a.together = together;
   const Ending ending =
-      gated != 0 ? Ending::kActivated : residual.element_count() > 0 ? Ending::kAdded : Ending::kScaled;
+      gated != 0 ? Ending::kActivated : residual.element_count() > 0 ? Ending::kAdded : Ending::kPlain;
   const Launched launched = run_dot(a, ending, width, stream);
   if (launched.error == cudaSuccess) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("elastic integer dot: ") + launched.what + ": " + cudaGetErrorString(launched.error));
+                    std::string("elastic prompt dot: ") + launched.what + ": " + cudaGetErrorString(launched.error));
 }
 
 }  // namespace
@@ -53,7 +54,7 @@ using Buffer = ffi::AnyBuffer;
 // sha256 of the sources that this library was built from (build.sh).
 extern "C" const char ElasticPromptSources[] = ELASTIC_SOURCES;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticPromptDot, elastic::prompt_dot,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticPromptDot, elastic::call_prompt_dot,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()

@@ -26,7 +26,7 @@ CONFIG = dataclasses.replace(
 STEP = dataclasses.replace(
     tiny_step_config(dtype="bfloat16", page_size=64, buckets=(Bucket(4, 0), Bucket(0, 64), Bucket(4, 64))),
     attention="pallas",
-    integer_dot="pallas",
+    dot="pallas",
     decode="xla",
 )
 

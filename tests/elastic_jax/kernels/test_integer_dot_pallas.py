@@ -35,9 +35,7 @@ def test_equals_the_reference(rows):
     arrays = operands(rows, 192, 320)
     out = integer_dot_pallas.run(*arrays, None, choose_tiles(90, rows, 192, 320), gated=False, interpret=True)
     np.testing.assert_allclose(np.asarray(out), exact(*arrays), rtol=1e-6)
-    np.testing.assert_allclose(
-        np.asarray(out), np.asarray(kernels.INTEGER_DOT["xla"].multiply(*arrays, None)), rtol=1e-6
-    )
+    np.testing.assert_allclose(np.asarray(out), np.asarray(kernels.DOT["xla"].multiply(*arrays, None)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_first", [True, False])
@@ -64,7 +62,7 @@ def test_scales_of_blocks(blocks, splits, weight_first):
     scaled = np.asarray(x, np.float64) * np.repeat(np.asarray(row_scales), x.shape[1] // blocks, axis=1)
     expected = scaled @ (np.asarray(values, np.float64) * np.asarray(scales)).T
     np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-5, atol=1e-2)
-    reference = kernels.INTEGER_DOT["xla"].multiply(x, row_scales, values, scales, None)
+    reference = kernels.DOT["xla"].multiply(x, row_scales, values, scales, None)
     np.testing.assert_allclose(np.asarray(found), np.asarray(reference), rtol=1e-5, atol=1e-2)
 
 
@@ -111,7 +109,7 @@ def test_chosen_tiles_leave_out_no_part_of_a_block():
     row_scales = jnp.asarray(np.random.default_rng(1).uniform(0.01, 2, (17, 10)).astype(np.float32))
     tiles = choose_tiles(90, 17, 6144, 5120, 10)
     found = integer_dot_pallas.run(x, row_scales, values, scales, None, tiles, gated=False, interpret=True)
-    reference = np.asarray(kernels.INTEGER_DOT["xla"].multiply(x, row_scales, values, scales, None))
+    reference = np.asarray(kernels.DOT["xla"].multiply(x, row_scales, values, scales, None))
     assert np.abs(np.asarray(found) - reference).max() <= 2e-6 * np.abs(reference).max()
 
 
@@ -170,7 +168,7 @@ def test_sizes_that_do_not_divide_are_refused(out, contraction):
 
 def test_it_refuses_to_be_traced_for_the_cpu():
     with pytest.raises(ConfigError, match=r"needs an NVIDIA GPU of compute capability 8\.0"):
-        jax.eval_shape(kernels.INTEGER_DOT["pallas"].multiply, *operands(2, 64, 64), None)
+        jax.eval_shape(kernels.DOT["pallas"].multiply, *operands(2, 64, 64), None)
 
 
 def test_the_default_falls_back_where_sizes_do_not_divide():
@@ -208,7 +206,7 @@ SHAPES = [(6144, 5120), (5120, 4096), (5120, 32768), (8192, 512)]
 @pytest.mark.parametrize("blocked", [False, True])
 def test_compiled_equals_the_reference(rows, out, contraction, blocked):
     arrays = drawn(rows, out, contraction, activation_blocks(contraction) if blocked else 1)
-    found, expected = (jax.jit(kernels.INTEGER_DOT[name].multiply)(*arrays, None) for name in ("pallas", "xla"))
+    found, expected = (jax.jit(kernels.DOT[name].multiply)(*arrays, None) for name in ("pallas", "xla"))
     assert difference(found, expected) <= 2e-6
 
 
@@ -218,7 +216,7 @@ def test_compiled_equals_the_reference(rows, out, contraction, blocked):
 def test_compiled_sums_with_what_is_there_are_those_of_the_products(rows, blocked):
     arrays = drawn(rows, 5120, 4096, 8 if blocked else 1)
     residual = jax.random.normal(jax.random.key(0), (rows, 5120), jnp.bfloat16)
-    multiply = jax.jit(kernels.INTEGER_DOT["pallas"].multiply)
+    multiply = jax.jit(kernels.DOT["pallas"].multiply)
     product = np.asarray(multiply(*arrays, None).astype(jnp.bfloat16))
     assert (np.asarray(multiply(*arrays, residual)) == np.asarray(residual) + product).all()
 
@@ -230,7 +228,7 @@ def test_compiled_sums_with_what_is_there_are_those_of_the_products(rows, blocke
 @pytest.mark.parametrize("blocked", [False, True])
 def test_compiled_gated_is_swiglu_of_the_product(rows, out, contraction, blocked):
     arrays = drawn(rows, out, contraction, activation_blocks(contraction) if blocked else 1)
-    found, expected = (jax.jit(kernels.INTEGER_DOT[name].multiply_gated)(*arrays) for name in ("pallas", "xla"))
+    found, expected = (jax.jit(kernels.DOT[name].multiply_gated)(*arrays) for name in ("pallas", "xla"))
     assert (found.shape, found.dtype) == ((rows, out // 2), jnp.bfloat16)
     # A unit of the last place: where a gate is next to nothing, so is the result, and its error that of the sums.
     error = jnp.abs(found.astype(jnp.float32) - expected.astype(jnp.float32))

@@ -55,7 +55,7 @@ def test_only_kernels_in_use_are_named(gpu):
     message = measured.unmeasured(dataclasses.replace(STEP, decode="xla"), gpu("8.0"))
     assert message is not None
     assert "decode_tiles" not in message
-    composed = dataclasses.replace(STEP, decode="xla", integer_dot="xla")
+    composed = dataclasses.replace(STEP, decode="xla", dot="xla")
     assert measured.unmeasured(composed, gpu("8.0")) is None
 
 
