@@ -110,7 +110,7 @@ def run_child(arguments: argparse.Namespace, mode: str, store: Path) -> dict[str
 
     device = jax.devices()[0]
     config, step = sizes(arguments.layers, arguments.small)
-    kernels.prepare_to_load(step.dot, step.decode, step.sampling)
+    kernels.prepare_to_load(step.attention, step.dot, step.decode, step.sampling)
     start = time.perf_counter()
     units = load(
         store, {}, device, root=store.parent, units=None, trust=True, workers=arguments.workers, hint="", preload=True

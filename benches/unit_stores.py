@@ -71,7 +71,7 @@ def load_units(
 ) -> dict[str, Executable]:
     """Loads units from the stores below `folder`; the bench made them itself, so they are trusted."""
     if device.platform == "gpu":
-        kernels.prepare_to_load("pallas", "cuda", "cuda")
+        kernels.prepare_to_load("pallas", "pallas", "cuda", "cuda")
     units: dict[str, Executable] = {}
     for store in _stores(folder):
         properties = {name: record.properties for name, record in read_manifest(store, hint="").units.items()}

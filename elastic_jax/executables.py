@@ -246,7 +246,7 @@ class ModeStore:
             MismatchError: it was made for something else.
             TrustError: somebody else may have written it, and `trust` is False.
         """
-        kernels.prepare_to_load(step.dot, step.decode, step.sampling)
+        kernels.prepare_to_load(step.attention, step.dot, step.decode, step.sampling)
         return store.load(
             self.pool_folder(step.kv_slots),
             self.identity(step),

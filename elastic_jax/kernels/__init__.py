@@ -132,16 +132,16 @@ def sampling(name: str) -> Choose:
     return _named(SAMPLING, name, "sampling")
 
 
-def prepare_to_load(dot: str, decode: str, sampling: str) -> None:
+def prepare_to_load(attention: str, dot: str, decode: str, sampling: str) -> None:
     """Makes known to XLA what executables call by name; needed before they are loaded.
 
     Raises:
         ConfigError: a library cannot be loaded here.
     """
-    if dot == "pallas":  # On Hopper, products of many rows are kernels of a library.
-        from elastic_jax.kernels import prompt_dot_cuda
+    if "pallas" in (attention, dot):  # On Hopper, those of many rows are kernels of a library.
+        from elastic_jax.kernels import prompt_library
 
-        prompt_dot_cuda.register()
+        prompt_library.register()
     if decode == "cuda":
         from elastic_jax.kernels import decode_cuda
 

@@ -2,6 +2,8 @@
 
 Its interface and mathematics are `attention_xla`'s. It differs in this: products of bf16 have float32 sums as there,
 but the softmax's weights are rounded to bf16 before they multiply the values, as FlashAttention does.
+
+Many prompt tokens on Hopper are left to `prompt_attention_cuda`.
 """
 
 import functools
@@ -13,6 +15,7 @@ from jaxtyping import Array, Float, Float32
 from elastic_jax.batch import TokenBatch
 from elastic_jax.config import ModelConfig
 from elastic_jax.errors import ConfigError
+from elastic_jax.kernels import prompt_attention_cuda
 from elastic_jax.kernels.attention_pallas_blocks import power_of_two
 from elastic_jax.kernels.attention_pallas_generated import GeneratedTiles, attend_generated
 from elastic_jax.kernels.attention_pallas_prompt import PromptTiles, attend_prompt
@@ -53,11 +56,13 @@ def run(
     kv: Cache,
     batch: TokenBatch,
     generated: GeneratedTiles,
-    prompt: PromptTiles,
+    prompt: PromptTiles | None,
     *,
     interpret: bool,
 ) -> Float32[Array, "tokens heads dim"]:
     """`attention` with given sizes of kernels, or in Pallas's interpreter, which runs anywhere.
+
+    Without sizes, prompt tokens are those of `prompt_attention_cuda`.
 
     Raises:
         ConfigError: the kernels are not made for these shapes and types.
@@ -66,15 +71,20 @@ def run(
     out = None
     if batch.generated < query.shape[0]:
         with jax.named_scope("attention_prompt"):
-            out = attend_prompt(query, kv, batch, prompt, interpret=interpret)
+            if prompt is None:
+                out = prompt_attention_cuda.attend_prompt(query, kv, batch)
+            else:
+                out = attend_prompt(query, kv, batch, prompt, interpret=interpret)
     if batch.generated:
         with jax.named_scope("attention_generated"):
             out = attend_generated(query, kv, batch, out, generated, interpret=interpret)
     return jnp.zeros(query.shape, jnp.float32) if out is None else out
 
 
-def choose_tiles(capability: int, query: Array, kv: Cache, batch: TokenBatch) -> tuple[GeneratedTiles, PromptTiles]:
-    """Sizes of the kernels for a GPU; `benches/attention.py` measures them.
+def choose_tiles(
+    capability: int, query: Array, kv: Cache, batch: TokenBatch
+) -> tuple[GeneratedTiles, PromptTiles | None]:
+    """Sizes of the kernels for a GPU, none where `prompt_attention_cuda` takes over; `benches/attention.py` measures.
 
     They were tuned on an H200 (9.0) for heads of 128 in bf16; other cases get the same shared memory or less.
     """
@@ -84,6 +94,8 @@ def choose_tiles(capability: int, query: Array, kv: Cache, batch: TokenBatch) ->
         return GeneratedTiles(32, 512, 4, 1), PromptTiles(32, 32, 4, 1)
     stages = 3 if capability >= 90 else 2
     block = 32 if dim == 256 else 64
+    if prompt_attention_cuda.takes(capability, query, kv, batch):
+        return GeneratedTiles(block, 512, 4, stages), None
     rows = (query.shape[0] - batch.generated) * kv.shape[2] * power_of_two(query.shape[1] // kv.shape[2])
     # Two waves of a device: with fewer tiles, smaller ones use more of it.
     large = rows >= 128 * 256 and capability >= 90

@@ -65,7 +65,7 @@ def attend_prompt(
     """
     heads, kv_heads = query.shape[1], kv.shape[2]
     tile_tokens = max(tiles.queries // power_of_two(heads // kv_heads), 1)
-    work = _cut_chunks(batch, tile_tokens)
+    work = cut_chunks(batch, tile_tokens)
     return pallas.pallas_call(
         functools.partial(attention_prompt, tile_tokens=tile_tokens, block=tiles.block, page_size=batch.page_size),
         grid=(work.shape[0], kv_heads),
@@ -75,7 +75,7 @@ def attend_prompt(
     )(query, kv, batch.block_table, work)
 
 
-def _cut_chunks(batch: TokenBatch, tile_tokens: int) -> Int32[Array, "tiles 4"]:
+def cut_chunks(batch: TokenBatch, tile_tokens: int) -> Int32[Array, "tiles 4"]:
     """Tiles of consecutive tokens of one chunk: for each its first token, how many, their row, their first position.
 
     Padding is one more chunk, whose first position is negative: a tile of it sees nothing and writes zeros. The bound

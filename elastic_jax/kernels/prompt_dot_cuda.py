@@ -11,23 +11,17 @@ Pallas's Mosaic backend could express it, but its executables are assembled when
 """
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, BFloat16, Float, Float32, Int8
 
-from elastic_jax.kernels import cuda_library, dot_xla
+from elastic_jax.kernels import cuda_library, dot_xla, prompt_library
 from elastic_jax.kernels.pallas_device import compute_capability, multiprocessors
-
-CAPABILITY = 90
-"""The one compute capability that has these instructions, ten times its number."""
 
 _NAME = "the dot called 'pallas'"
 _INSTEAD = "use the one called 'xla' instead"
-
-_TARGET = "elastic_prompt_dot"
 
 _ROWS, _STEP = 128, 128
 """Of a tile; and bytes of the contraction that are fetched at once."""
@@ -48,21 +42,6 @@ _LEAST_ROWS = 512
 """Rows from which on the kernel is used: with fewer, tiles of its size leave multiprocessors idle."""
 
 
-def library_path() -> Path:
-    """The library of kernels, which `cuda/build.sh` builds."""
-    return cuda_library.path_of("libelastic_prompt.so")
-
-
-@functools.cache
-def register() -> None:
-    """Makes the kernels known to XLA; needed before a program with them is compiled or loaded. Needs no GPU.
-
-    Raises:
-        ConfigError: the library cannot be loaded on this machine.
-    """
-    cuda_library.register(library_path(), {_TARGET: "ElasticPromptDot"}, _NAME, _INSTEAD)
-
-
 def choose_width(capability: int, multiprocessors: int, rows: int, out: int, row_bytes: int, blocks: int) -> int | None:
     """Outputs of a tile for a product, or None where the kernel is not for it.
 
@@ -78,7 +57,7 @@ def choose_width(capability: int, multiprocessors: int, rows: int, out: int, row
         blocks: scales a row, for equal parts of the contraction.
     """
     widths = [width for width in (_WIDTHS if blocks == 1 else _BLOCKED_WIDTHS) if out % width == 0]
-    if capability != CAPABILITY or rows < _LEAST_ROWS or row_bytes % (blocks * _STEP) or not widths:
+    if capability != prompt_library.CAPABILITY or rows < _LEAST_ROWS or row_bytes % (blocks * _STEP) or not widths:
         return None
     if cuda_library.has_cuda_12():
         return None
@@ -182,11 +161,11 @@ def run(
 def _call(
     x: Array, row_scales: Array, values: Array, scales: Array, residual: Array | None, width: int, *, gated: bool
 ) -> Array:
-    register()
+    prompt_library.register()
     rows, out = x.shape[0], values.shape[0]
     shape = (rows, out // 2) if gated else (rows, out)
     dtype = jnp.float32 if residual is None and not gated else jnp.bfloat16
-    return jax.ffi.ffi_call(_TARGET, jax.ShapeDtypeStruct(shape, dtype))(
+    return jax.ffi.ffi_call(prompt_library.DOT, jax.ShapeDtypeStruct(shape, dtype))(
         x,
         row_scales,
         values,

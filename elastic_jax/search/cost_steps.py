@@ -1,12 +1,14 @@
 """Costs measured as differences between whole steps of a thin model: a few layers of the real shape, random weights.
 
 Where a step of generated tokens is one kernel for all layers, a product by itself says little of what it takes there.
-What a choice costs is then how much longer or shorter a step becomes if one kind of group has it in all layers. Layers
+What a choice costs is then how much longer or shorter a step becomes if one kind of group has it in all layers: than
+those of the plan without it that are timed just before and after, since clocks wander by more than some choices. Layers
 are alike, so that the time of `n` of them is taken for `n` times a layer's; what a step takes beside its layers is what
 is left of the thin one's. A kind's share in what all choices have in common is by its size, and no plan depends on it.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,16 +98,15 @@ def measure_step_costs(
         def seconds(layers: int, plan: Plan, role: Role = role) -> float:
             return clocks[role][layers].seconds(plan, weights[layers].of(plan))
 
-        thick, single = seconds(many.num_layers, base[many.num_layers]), seconds(1, base[1])
-        times: dict[tuple[str, Choice], float] = {}
+        single, thick = seconds(1, base[1]), [seconds(many.num_layers, base[many.num_layers])]
+        saved: dict[tuple[str, Choice], float] = {}
         for each, (key, plan) in enumerate(plans[role].items()):
             progress(done + 2 + each, total, f"{key[0]} {key[1]}, {role} tokens")
-            times[key] = seconds(many.num_layers, plan)
-        # Again, since every other one is compared with it.
-        thick = min(thick, seconds(many.num_layers, base[many.num_layers]))
-        single = min(single, seconds(1, base[1]))
-        layer = max((thick - single) / (many.num_layers - 1), 0.0)
-        saved = {key: (thick - time) / (1 if key[0] == LM_HEAD else many.num_layers) for key, time in times.items()}
+            found = seconds(many.num_layers, plan)
+            thick.append(seconds(many.num_layers, base[many.num_layers]))
+            saved[key] = (sum(thick[-2:]) / 2 - found) / (1 if key[0] == LM_HEAD else many.num_layers)
+        single = (single + seconds(1, base[1])) / 2
+        layer = max((statistics.median(thick) - single) / (many.num_layers - 1), 0.0)
         groups[role], rest[role] = _shared(kinds, layer, single - layer, saved)
         done += len(plans[role]) + 2
     progress(total, total, "done")

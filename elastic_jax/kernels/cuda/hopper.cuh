@@ -92,6 +92,15 @@ __device__ inline void fetch(void* to, const CUtensorMap* map, int column, int r
   }
 }
 
+// A box of a tensor of three axes, likewise.
+__device__ inline void fetch(void* to, const CUtensorMap* map, int column, int row, int slice, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(slice)
+      : "memory");
+}
+
 // Some bytes, a multiple of 16; both addresses are too.
 __device__ inline void fetch_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -117,6 +126,13 @@ __device__ inline void leave_registers() {
 __device__ inline uint64_t describe(const void* operand) {
   constexpr uint64_t kGroup = 8 * kOperandBytes >> 4, kSwizzled = 1;
   return (shared_address(operand) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kGroup << 32 | kSwizzled << 62;
+}
+
+// Describes a right operand that lies the other way: rows of 128 bytes are its columns' numbers, so that 16 rows are one
+// step of the contraction; `apart` are the bytes between the first 64 columns and the next.
+__device__ inline uint64_t describe_columns(const void* operand, int apart) {
+  constexpr uint64_t kGroup = 8 * kOperandBytes >> 4, kSwizzled = 1;
+  return (shared_address(operand) & 0x3ffff) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | kGroup << 32 | kSwizzled << 62;
 }
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -281,6 +297,22 @@ __device__ inline void multiply_tiles(float (&sums)[128], uint64_t left, uint64_
       : "l"(left), "l"(right), "r"(add));
 }
 
+// Begins the products of 64 rows of 16 bf16 each, in registers as sums of two octets of columns would be, with 128
+// columns (`describe_columns`); adds them to `sums`.
+__device__ inline void multiply_columns(float (&sums)[64], uint32_t left0, uint32_t left1, uint32_t left2, uint32_t left3,
+                                        uint64_t right) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+      : ELASTIC_SUMS16("+f", 0), ELASTIC_SUMS16("+f", 16), ELASTIC_SUMS16("+f", 32), ELASTIC_SUMS16("+f", 48)
+      : "r"(left0), "r"(left1), "r"(left2), "r"(left3), "l"(right));
+}
+
 #undef ELASTIC_SUMS16
 #undef ELASTIC_SUMS4
 
@@ -308,6 +340,21 @@ inline cudaError_t describe_matrix(CUtensorMap* map, const void* matrix, int row
   const cuuint64_t apart[] = {static_cast<cuuint64_t>(columns)};
   const cuuint32_t box[] = {kOperandBytes, static_cast<cuuint32_t>(height)}, every[] = {1, 1};
   const CUresult result = encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(matrix), sizes,
+                                         apart, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// A tensor [slices][rows][columns] of bf16 as TMA fetches it: so many of each at once, columns of 128 bytes.
+inline cudaError_t describe_heads(CUtensorMap* map, const void* tensor, int columns, int rows, int slices, int wide,
+                                  int high, int deep) {
+  if (encode_tiled() == nullptr) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                              static_cast<cuuint64_t>(slices)};
+  const cuuint64_t apart[] = {sizes[0] * 2, sizes[0] * sizes[1] * 2};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(wide), static_cast<cuuint32_t>(high), static_cast<cuuint32_t>(deep)};
+  const cuuint32_t every[] = {1, 1, 1};
+  const CUresult result = encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(tensor), sizes,
                                          apart, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

@@ -1,11 +1,12 @@
-// Products of matrices for the many rows of prompts (prompt_dot.cuh), called by XLA (jax.ffi); prompt_dot_cuda.py
-// describes arguments and results.
+// Products of matrices and attention for the many rows of prompts (prompt_dot.cuh, prompt_attention.cuh), called by XLA
+// (jax.ffi); prompt_dot_cuda.py and prompt_attention_cuda.py describe arguments and results.
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <string>
 
+#include "prompt_attention.cuh"
 #include "prompt_dot.cuh"
 #include "xla/ffi/api/ffi.h"
 
@@ -44,6 +45,25 @@ ffi::Error call_prompt_dot(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
                     std::string("elastic prompt dot: ") + launched.what + ": " + cudaGetErrorString(launched.error));
 }
 
+ffi::Error call_prompt_attention(cudaStream_t stream, ffi::AnyBuffer query, ffi::AnyBuffer kv, ffi::AnyBuffer block_table,
+                                 ffi::AnyBuffer work, ffi::Result<ffi::AnyBuffer> out, int32_t page_size) {
+  const auto queries = query.dimensions(), cache = kv.dimensions();
+  if (queries[2] != kHeadDim) return ffi::Error(ffi::ErrorCode::kInternal, "elastic prompt attention: the head's size");
+  PromptAttentionArguments a = {};
+  a.table = data<int>(block_table);
+  a.work = data<int4>(work);
+  a.out = data<float>(*out);
+  a.tiles = static_cast<int>(work.dimensions()[0]);
+  a.heads = static_cast<int>(queries[1]);
+  a.kv_heads = static_cast<int>(cache[2]);
+  a.pages = static_cast<int>(block_table.dimensions()[1]);
+  a.page_size = page_size;
+  const cudaError_t error = run_prompt_attention(query.untyped_data(), kv.untyped_data(), static_cast<int>(queries[0]),
+                                                 static_cast<int>(cache[0]), a, stream);
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kInternal, std::string("elastic prompt attention: ") + cudaGetErrorString(error));
+}
+
 }  // namespace
 }  // namespace elastic
 
@@ -62,5 +82,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticPromptDot, elastic::call_prompt_dot,
                                   .Attr<int32_t>("gated")
                                   .Attr<int32_t>("width")
                                   .Attr<int32_t>("together"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(ElasticPromptAttention, elastic::call_prompt_attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<int32_t>("page_size"));
 
 #pragma GCC visibility pop

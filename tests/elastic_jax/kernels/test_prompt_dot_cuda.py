@@ -1,8 +1,5 @@
 """Which products the kernels take, and how they are called; on a GPU, what they compute."""
 
-import ctypes
-import hashlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +10,8 @@ from aot_cache.compiler import compile_units
 from aot_cache.targets import absent_device, find
 from aot_cache.unit import Unit
 from elastic_jax import kernels
-from elastic_jax.errors import ConfigError
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels import prompt_dot_cuda
+from elastic_jax.kernels import prompt_dot_cuda, prompt_library
 from elastic_jax.kernels.pallas_device import compute_capability, multiprocessors
 from elastic_jax.kernels.prompt_dot_cuda import choose_width
 from elastic_jax.quantization import activation_blocks
@@ -56,28 +52,6 @@ def test_other_products_are_left_to_the_other_kernel(capability, rows, out, row_
 def test_the_plugin_for_cuda_12_leaves_all_to_the_other_kernel(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     assert choose_width(90, 132, 4096, 5120, 4096, 1) is None
-
-
-def test_the_committed_library_is_built_from_the_committed_sources():
-    path = prompt_dot_cuda.library_path()
-    digest = hashlib.sha256()
-    for name in ("prompt.cu", "prompt_dot.cuh", "hopper.cuh"):
-        digest.update((path.parent / name).read_bytes())
-    stored = (ctypes.c_char * 64).in_dll(ctypes.CDLL(str(path)), "ElasticPromptSources")
-    assert stored.value.decode() == digest.hexdigest(), "run elastic_jax/kernels/cuda/build.sh (or make kernels)"
-
-
-def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
-    broken = tmp_path / "libelastic_prompt.so"
-    broken.write_bytes(b"not a library")
-    monkeypatch.setattr(prompt_dot_cuda, "library_path", lambda: broken)
-    prompt_dot_cuda.register.cache_clear()
-    try:
-        with pytest.raises(ConfigError, match=str(broken)):
-            kernels.prepare_to_load("pallas", "xla", "xla")
-        kernels.prepare_to_load("xla", "xla", "xla")
-    finally:
-        prompt_dot_cuda.register.cache_clear()
 
 
 @pytest.mark.cuda_plugin
@@ -142,7 +116,7 @@ def test_products_of_floats_are_lowered_for_it_where_it_takes_them(case):
 
 @pytest.fixture(scope="module")
 def hopper():
-    if compute_capability("this test", "skip it") != prompt_dot_cuda.CAPABILITY:
+    if compute_capability("this test", "skip it") != prompt_library.CAPABILITY:
         pytest.skip("the GPU is not a Hopper GPU, which the kernel is for")
 
 

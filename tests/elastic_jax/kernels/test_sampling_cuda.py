@@ -320,7 +320,7 @@ def test_a_library_that_cannot_be_loaded_is_named(monkeypatch, tmp_path):
     sampling_cuda.register.cache_clear()
     try:
         with pytest.raises(ConfigError, match=str(broken)):
-            kernels.prepare_to_load("xla", "xla", "cuda")
+            kernels.prepare_to_load("xla", "xla", "xla", "cuda")
     finally:
         sampling_cuda.register.cache_clear()
 
