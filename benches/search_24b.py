@@ -268,14 +268,14 @@ def main() -> None:
         "tokens": windows.size,
         "window": arguments.window,
         "budget_gib": arguments.budget_gib,
-        "integer_dot": forward.dot_name,
+        "dot": forward.dot_name,
         "attention": step.attention,
         "decode": step.decode,
         "workload": dataclasses.asdict(WORKLOAD),
     }
     if arguments.out and arguments.out.exists():  # parts may be measured by several commands
         kept = json.loads(arguments.out.read_text())
-        same = all(kept.get(key) == facts[key] for key in ("bench", "layers", "tokens", "window", "integer_dot"))
+        same = all(kept.get(key) == facts[key] for key in ("bench", "layers", "tokens", "window", "dot"))
         same = same and kept.get("budget_gib") == arguments.budget_gib
         facts = (kept if same else {}) | facts
     for part in arguments.parts:

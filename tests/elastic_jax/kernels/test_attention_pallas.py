@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import Case, Packing, Shape, make_case, relative_error
+from attention_cases import PAGES, ROWS, Case, D, P, Packing, Shape, make_case, relative_error
 
 from elastic_jax import kernels
 from elastic_jax.errors import ConfigError
