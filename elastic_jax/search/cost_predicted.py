@@ -21,15 +21,15 @@ _BF16_OPERATIONS = {80: 2048, 86: 1024, 89: 1024, 90: 4096}
 """Dense bf16 operations (a multiplication and an addition are two) per clock and multiprocessor, from a compute
 capability on (NVIDIA's architecture whitepapers); int8 has twice as many."""
 
-_READING = {"bf16": 0.85, "int8": 0.77}
+_READING = {"bf16": 0.86, "int8": 0.78}
 """Fraction of the memory's bandwidth, by stored precision."""
 
 _MULTIPLYING = {"bf16": 0.58, "int8": 0.55}
 """Fraction of the dense operations."""
 
-_EACH_TOKEN = 0.75e-6
-"""Seconds of a layer for each generated token, beside what is read: attention and activations.
-Fitted to the same table's rows of 8 and 16 sequences."""
+_EACH_TOKEN = 0.9e-6
+"""Seconds of a layer for each generated token, beside what is read: attention and activations. Fitted to the same
+table's rows of 8 to 64 sequences."""
 
 _BLOCK_SCALES = 1.2
 """Time of a product with block scales over one without (`benches/decode.py` on an H100: of a whole step)."""

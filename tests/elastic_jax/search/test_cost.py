@@ -24,7 +24,11 @@ LATENCY = Path(__file__).parents[3] / "benches" / "results" / "nvidia-h200" / "l
 
 
 @pytest.mark.parametrize("mode", ["S", "XL"])
-@pytest.mark.parametrize("cell", [(batch, context) for batch in (1, 8, 16) for context in (256, 1024, 4096)])
+@pytest.mark.parametrize(
+    "cell",
+    [(batch, context) for batch in (1, 8, 16) for context in (256, 1024, 4096)]
+    + [(batch, context) for batch in (32, 64) for context in (256, 1024)],
+)
 def test_predictions_are_within_5_percent_of_what_an_h200_measured(mode, cell):
     batch, context = cell
     costs = predict_costs(MISTRAL_SMALL, Workload(context, 128, batch), "h200", STEP)
