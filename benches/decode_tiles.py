@@ -49,7 +49,7 @@ def tune(precisions: Iterable[str], tokens: Iterable[int], context: int, capabil
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precisions", nargs="+", default=["int8", "bf16"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int, help="as many as the device's kernels take, by default")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--lines", nargs="+", type=Path)
     parser.add_argument("--capability", type=int, help="ten times the compute capability; that of this machine's GPU")
@@ -58,7 +58,8 @@ def main() -> None:
     if arguments.lines:
         lines = [line for file in arguments.lines for line in file.read_text().splitlines()]
     else:
-        lines = tune(arguments.precisions, arguments.tokens, arguments.context, capability)
+        many = [32, 64] if decode_cuda.streams(capability, 64) else []
+        lines = tune(arguments.precisions, arguments.tokens or [1, 8, 16, *many], arguments.context, capability)
     found = [json.loads(line) for line in lines]
     write_tiles(TABLE, [{"capability": capability} | {name: entry[name] for name in KEPT} for entry in found])
 

@@ -2,8 +2,8 @@
 
 Precision follows the token's role. Generated tokens are bound by reading weights, prompt tokens by arithmetic, and both
 read the same int8 weights in one integer dot: a generated token brings two rows (the planes of a 16-bit activation), a
-prompt token one row (8 bits, with one scale or several along the contraction) or two. What a token's activations are
-rounded to depends on its role alone, never on the step it happens to be computed in.
+prompt token one row (8 bits, with one scale or several along the contraction) or two. To how many bits a token's
+activations are rounded depends on its role alone, never on the step it happens to be computed in.
 
 What this file does not do: calibration, static activation scales, weights of fewer than 8 bits.
 """

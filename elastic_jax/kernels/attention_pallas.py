@@ -41,8 +41,8 @@ def attention(
         float32 [tokens, heads, dim]; zeros for padding tokens.
 
     Raises:
-        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernels need, or they are not made
-            for these shapes and types.
+        ConfigError: the device traced for is not an NVIDIA GPU that has what the kernels need, they are not made for
+            these shapes and types, or a library cannot be loaded on this machine.
     """
     capability = compute_capability("the attention called 'pallas'", _INSTEAD)
     generated, prompt = choose_tiles(capability, query, kv, batch)
@@ -62,7 +62,7 @@ def run(
 ) -> Float32[Array, "tokens heads dim"]:
     """`attention` with given sizes of kernels, or in Pallas's interpreter, which runs anywhere.
 
-    Without sizes, prompt tokens are those of `prompt_attention_cuda`.
+    Without sizes, prompt tokens are left to `prompt_attention_cuda`, which no interpreter runs.
 
     Raises:
         ConfigError: the kernels are not made for these shapes and types.

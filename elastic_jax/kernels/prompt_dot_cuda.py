@@ -97,9 +97,9 @@ def multiply_float_gated(x: Float[Array, "rows in"], weight: Float[Array, "out i
 
 
 def _width_here(x: Array, weight: Array) -> int | None:
+    if weight.dtype != jnp.bfloat16 or x.shape[0] < _LEAST_ROWS:
+        return None  # XLA's, on every platform
     capability = compute_capability(_NAME, _INSTEAD)
-    if weight.dtype != jnp.bfloat16:
-        return None
     out, contraction = weight.shape
     return choose_width(capability, multiprocessors(), x.shape[0], out, 2 * contraction, 1)
 

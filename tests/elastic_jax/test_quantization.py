@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from elastic_jax import kernels
 from elastic_jax.norm import RMSNorm
-from elastic_jax.quantization import QArray, activation_blocks, add_product, quantize, quantize_8bit, quantize_16bit
+from elastic_jax.quantization import (
+    QArray,
+    activation_blocks,
+    add_product,
+    quantize,
+    quantize_8bit,
+    quantize_16bit,
+    swiglu,
+)
 
 LARGEST = float(np.finfo(np.float32).max)
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -339,6 +347,21 @@ def test_norm_and_residual_are_as_if_computed_apart(weight, generated):
     found = dot(x, weight, generated=generated, norm=norm, residual=residual)
     assert found.dtype == jnp.bfloat16
     assert (np.asarray(found) == np.asarray(residual + product.astype(jnp.bfloat16))).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("generated", [0, 2, 5])
+def test_swiglu_of_a_float_product_has_the_weights_type(dtype, generated):
+    """What `down` is given depends neither on a token's role nor on the kernel, whatever `down` rounds it to."""
+    rng = np.random.default_rng(10)
+    x = jnp.asarray(rng.standard_normal((5, IN)), jnp.float32)
+    weight = jnp.asarray(rng.standard_normal((OUT, IN)), dtype)
+    found = jax.jit(lambda x, w: dot(x, w, generated=generated, gated=True).astype(jnp.float32))(x, weight)
+    expected = swiglu(dot(x, weight, generated=generated)).astype(dtype)
+    assert dot(x, weight, generated=generated, gated=True).dtype == dtype
+    if dtype == jnp.bfloat16:  # not left out where what follows is float32, as XLA may leave out conversions
+        assert (np.asarray(found.astype(jnp.bfloat16), np.float32) == np.asarray(found)).all()
+    np.testing.assert_allclose(np.asarray(found), np.asarray(expected, np.float32), rtol=2**-7, atol=1e-5)
 
 
 def test_a_product_is_rounded_before_it_is_added_even_where_both_are_fused():

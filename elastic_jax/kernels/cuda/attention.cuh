@@ -208,7 +208,7 @@ __device__ __forceinline__ void join_pieces(const AttentionArguments& a, int tok
   }
 }
 
-// At most 128 registers a thread: the next product's blocks start beside these.
+// At most 128 registers a thread: the next product's blocks start beside these, if they are for few tokens.
 template <int kDim, int kGroup, bool kInt8>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const AttentionArguments a) {
   constexpr int kKeyOctets = kDim / 32;        // of each of a lane's 2 keys
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention(const Attentio
       const float shrink = exp2f(largest[h] - most);
       largest[h] = most;
 #pragma unroll
-      for (int i = h; i < 4; i += 2) scores[i] = scores[i] > -1e29f ? exp2f(scores[i] - most) : 0.0f;
+      for (int i = h; i < 4; i += 2) scores[i] = scores[i] <= -1e29f ? 0.0f : exp2f(scores[i] - most);  // NaN stays
       total[h] = total[h] * shrink + scores[h] + scores[h + 2];
 #pragma unroll
       for (float(&each)[4] : out) {

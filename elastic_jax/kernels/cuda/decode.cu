@@ -1,4 +1,4 @@
-// What XLA calls (jax.ffi): a decoder layer and the language-model head for a few generated tokens.
+// What XLA calls (jax.ffi): a decoder layer and the language-model head for up to 64 generated tokens.
 //
 // decode_cuda.py describes arguments and results, and names the sizes; layer.cuh has the launches.
 

@@ -122,7 +122,7 @@ __device__ inline void leave_registers() {
 }
 
 // Describes an operand in shared memory: its address, the bytes between groups of eight rows, the swizzle of 128 bytes.
-// 32 bytes further along the rows are 2 more. The distance in bits 16 to 29 does not matter for swizzled operands.
+// 32 bytes further along the rows are 2 more. The distance in bits 16 to 29 does not matter for operands that lie so.
 __device__ inline uint64_t describe(const void* operand) {
   constexpr uint64_t kGroup = 8 * kOperandBytes >> 4, kSwizzled = 1;
   return (shared_address(operand) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kGroup << 32 | kSwizzled << 62;
@@ -143,11 +143,18 @@ __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kUnfinished) : "memory");
 }
 
-// The compiler must neither move nor copy what products that have begun write.
+// The compiler must neither move nor copy what products that have begun write, nor write what they read later than they
+// begin.
 template <int kCount>
 __device__ inline void pin(int32_t (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(sums[i])::"memory");
+}
+
+template <int kCount>
+__device__ inline void pin(uint32_t (&operand)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(operand[i])::"memory");
 }
 
 template <int kCount>

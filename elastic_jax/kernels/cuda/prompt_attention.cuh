@@ -4,8 +4,8 @@
 // TMA, two warpgroups multiply 64 rows each, by turns with their softmax, so that one's products hide the other's
 // exponentials. A tile's rows are some tokens of one chunk times all query heads of one key-value head: keys and values are
 // read once for the group, and the triangle that causality leaves unused is small. A block of keys is fetched page by page
-// through the block table. Blocks are as many as multiprocessors and go from tile to tile, the longest first; the next
-// tile's queries and first keys arrive while the last one's sums are stored.
+// through the block table. Blocks are as many as multiprocessors and go from tile to tile, a chunk's longest first; the
+// next tile's queries and first keys arrive while the last one's sums are stored.
 //
 // Softmax's weights are rounded to bf16 before they multiply the values, and stay in registers.
 
@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     auto begin_out = [&](int stage) {
       const uint64_t right = describe_columns(values + stage * Ring::kOperand, Ring::kHalf);
       pin(out);
+      pin(weights);
       begin_products();
 #pragma unroll
       for (int k = 0; k < kKeyBlock / 16; ++k)

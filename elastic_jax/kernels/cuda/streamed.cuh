@@ -3,7 +3,7 @@
 // products.cuh keeps the activations of a block's part of the contraction in shared memory, and those of many tokens leave
 // little of it for weights in flight. Here both operands stream through it: a block computes some hundred outputs at once,
 // so that beside 128 bytes of each of their rows, which one thread fetches by TMA, the same 128 bytes of all tokens are
-// few. Two warpgroups multiply (wgmma), with weights as the left operand and tokens as the right. The ring takes nearly all
+// few, or half as many with 64. Two warpgroups multiply (wgmma), with weights as the left operand and tokens as the right. The ring takes nearly all
 // shared memory and is filled with weights before the kernel waits for its predecessor: a block has microseconds of
 // reading under way while activations are made.
 //
@@ -23,7 +23,9 @@ namespace elastic {
 constexpr int kMultipliers = 2;      // warpgroups
 constexpr int kStreamedRows = 64;    // outputs of a tile: what a warpgroup multiplies at once
 constexpr int kMostStreamed = 64;    // tokens
-constexpr int kStreamedBytes = 204 << 10;  // of shared memory for the ring at most: an attention's block fits beside it
+// Of shared memory for the ring at most: an attention's block fits beside it. So do the registers of both, up to 16 tokens
+// (of bf16 32).
+constexpr int kStreamedBytes = 204 << 10;
 
 // -- RMSNorm ----------------------------------------------------------------------------------------------------------
 
