@@ -20,7 +20,8 @@ demo: .venv/.synced ## convert, compile and run a small real model in every mode
 test: .venv/.synced ## run the tests, without those that take minutes or a GPU
 	@$(PYTEST) -m "not slow and not gpu"
 
-test-all: .venv/.synced ## run every test that needs no GPU
+test-all: .venv/.synced ## run every test that needs no GPU, with JAX's CUDA plugin, which some compile with
+	@$(UV) sync --frozen --inexact --extra cuda13
 	@$(PYTEST) -m "not gpu"
 
 test-gpu: .venv/.synced ## run the tests that need an NVIDIA GPU

@@ -22,7 +22,13 @@ CONFIG = dataclasses.replace(MISTRAL_SMALL, num_layers=1)
 STEP = default_step_config(CONFIG, "gpu", "bfloat16", kv_slots=4096, max_context=4096)
 PRODUCTS = tuple(
     f"custom-call {target}"
-    for target in ("__gpu$xla.gpu.triton", "mosaic_gpu_v2", "__cublas$lt$matmul", "__cublas$gemm")
+    for target in (
+        "elastic_prompt_dot",
+        "elastic_decode_head",
+        "__gpu$xla.gpu.triton",
+        "__cublas$lt$matmul",
+        "__cublas$gemm",
+    )
 )
 
 
