@@ -138,6 +138,7 @@ def _fastest(latency: dict[str, Any]) -> float:
 SECTIONS = {
     "headline": Section(("*/latency.json", "*/startup.json"), headline),
     "latency": Section(("*/latency.json", "nvidia-*/fidelity.json"), latencies, optional=True),
+    "sampling": Section(("*/sampling.json",), each(readme_speed.sampling), optional=True),
     "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
     "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
     "search": Section(("*/search*.json",), readme_search.both, optional=True),

@@ -1,4 +1,4 @@
-"""README's tables of speed, from `latency.json`, `startup.json`, `kernels.json` and `cpu.json`, and the plot's data."""
+"""README's tables of speed from committed results, and the plot of latency."""
 
 import hashlib
 import json
@@ -131,6 +131,24 @@ def startup(result: Mapping[str, Any]) -> str:
             f" All {opened[0]['units']} executables are open after {units:.1f} s, the first step takes {step:.2f} s."
         )
     return text
+
+
+def sampling(result: Mapping[str, Any]) -> str:
+    """What sampling costs, of the implementation that GPUs get."""
+    found = [row for row in result["rows"] if row["implementation"] == "cuda"]
+    batches = sorted({row["rows"] for row in found})
+    most = [
+        max((row for row in found if row["rows"] == rows), key=lambda row: row["over_greedy_us"]) for rows in batches
+    ]
+    costs = " and ".join(
+        f"{row['over_greedy_us']:.0f} µs ({100 * row['over_greedy']:.1f} %) of {row['rows']}" for row in most
+    )
+    layers = result.get("layers")
+    step = f"a step of {layers} layers" if layers else "a whole step"
+    return (
+        f"Sampling, with any of temperature, top-k, top-p, penalties and bias, makes {step} longer than greedy by at "
+        f"most {costs} sequences ({where(result)}; `benches/sampling.py`)."
+    )
 
 
 def kernels(result: Mapping[str, Any]) -> str:

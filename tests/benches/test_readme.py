@@ -50,6 +50,16 @@ def test_committed_results_are_what_the_readme_says():
     assert readme.outdated_plots() == []
 
 
+def test_what_sampling_costs_is_that_of_the_dearest_parameters():
+    def row(rows: int, implementation: str, over: float) -> dict[str, Any]:
+        return {"rows": rows, "implementation": implementation, "over_greedy": over, "over_greedy_us": 6000 * over}
+
+    rows = [row(1, "cuda", 0.0), row(1, "cuda", 0.01), row(16, "cuda", 0.02), row(16, "xla", 0.5)]
+    text = readme_speed.sampling({**result(), "rows": rows})
+    assert "a whole step longer than greedy by at most 60 µs (1.0 %) of 1 and 120 µs (2.0 %) of 16 sequences" in text
+    assert "a step of 4 layers" in readme_speed.sampling({**result(), "rows": rows, "layers": 4})
+
+
 def test_a_latency_table_fills_its_section_and_the_headline(folder: Path):
     text = readme.rendered((REPOSITORY / "README.md").read_text("utf-8"), folder)
     assert "On one NVIDIA X1, " in text
