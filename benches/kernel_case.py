@@ -148,7 +148,8 @@ class Place:
         """Generated tokens of a step up to which decode's own kernels run."""
         if self.defaults["decode"] != "cuda":
             return 0
-        return decode_cuda.MOST_TOKENS if decode_cuda.streams(self.capability, decode_cuda.MOST_TOKENS) else 16
+        many = decode_cuda.streams(self.capability, decode_cuda.MOST_TOKENS)
+        return decode_cuda.MOST_TOKENS if many else decode_cuda.MOST_PACKED
 
     def implementations(self, kind: str) -> list[str]:
         """The default, and the plain reference if it is wanted."""

@@ -43,7 +43,7 @@ _INSTEAD = "use the one called 'xla' instead"
 MOST_TOKENS = 64
 """Generated tokens of a step at most, where products are streamed: beyond, there are no registers for their sums."""
 
-_MOST_PACKED = 16
+MOST_PACKED = 16
 """Of packed products: beyond, activations no longer fit beside the weights in flight."""
 
 _TARGETS = {"elastic_decode_layer": "ElasticDecodeLayer", "elastic_decode_head": "ElasticDecodeHead"}
@@ -369,7 +369,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
     """Every size of a packed product that fits, the one that usually is fastest first."""
     running = [known for known in _SHARED_MEMORY if known <= capability and known // 10 == capability // 10]
     known = max(running, default=None)
-    shared = 0 if known is None or tokens > _MOST_PACKED else _SHARED_MEMORY[known]
+    shared = 0 if known is None or tokens > MOST_PACKED else _SHARED_MEMORY[known]
     out, contraction = weight.shape
     quantized = isinstance(weight, QArray)
     chunks = contraction * (1 if quantized else 2) // _CHUNK
@@ -384,7 +384,7 @@ def fitting_tiles(capability: int, weight: Any, tokens: int, *, paired: bool, wh
         for row_tiles, depth in sizes:
             ring = warps * depth * row_tiles * _TILE_ROWS * _CHUNK
             sums = (2 if tokens <= 8 else 1) * warps * row_tiles * _TILE_ROWS * tokens * 4
-            fits = ring + sums + 8 * _MOST_PACKED + chunks // parts * octets * _CHUNK <= shared
+            fits = ring + sums + 8 * MOST_PACKED + chunks // parts * octets * _CHUNK <= shared
             if fits and out % (_TILE_ROWS * row_tiles) == 0:
                 yield ProductTiles(row_tiles, depth, parts)
 

@@ -1,8 +1,8 @@
 """Attention of many prompt tokens on Hopper, in CUDA C++ (`cuda/prompt_attention.cuh`).
 
-It computes what `attention_pallas_prompt` does, with the same rounding, at about twice its speed: keys and values are
-fetched by a thread of their own (the tensor memory accelerator), and one warpgroup's products hide the other's softmax,
-which Pallas's Triton backend has no means for. `attention_pallas` calls it, and has the other cases.
+It computes what `attention_pallas_prompt` does, with the same rounding, in another way: keys and values are fetched by
+a thread of their own (the tensor memory accelerator), and one warpgroup's products hide the other's softmax, which
+Pallas's Triton backend has no means for. `attention_pallas` calls it, and has the other cases.
 """
 
 from typing import Any

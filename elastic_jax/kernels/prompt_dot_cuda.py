@@ -81,7 +81,7 @@ def multiply_float(
     width = _width_here(x, weight)
     if width is None or (residual is not None and residual.dtype != jnp.bfloat16):
         return dot_xla.multiply_float(x, weight, residual)
-    return run_bf16(x.astype(jnp.bfloat16), weight, residual, width, gated=False)
+    return run(x.astype(jnp.bfloat16), None, weight, None, residual, width, gated=False)
 
 
 def multiply_float_gated(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows half"]:
@@ -93,7 +93,7 @@ def multiply_float_gated(x: Float[Array, "rows in"], weight: Float[Array, "out i
     width = _width_here(x, weight)
     if width is None:
         return dot_xla.multiply_float_gated(x, weight)
-    return run_bf16(x.astype(jnp.bfloat16), weight, None, width, gated=True)
+    return run(x.astype(jnp.bfloat16), None, weight, None, None, width, gated=True)
 
 
 def _width_here(x: Array, weight: Array) -> int | None:
@@ -106,70 +106,43 @@ def _width_here(x: Array, weight: Array) -> int | None:
 
 # Jitted, so that a model's layers trace and lower the call once.
 @functools.partial(jax.jit, static_argnames=("width", "gated"))
-def run_bf16(
-    x: BFloat16[Array, "rows in"],
-    weight: BFloat16[Array, "out in"],
+def run(
+    x: Int8[Array, "rows in"] | BFloat16[Array, "rows in"],
+    row_scales: Float32[Array, "rows blocks"] | None,
+    values: Int8[Array, "out in"] | BFloat16[Array, "out in"],
+    scales: Float32[Array, "out 1"] | None,
     residual: BFloat16[Array, "rows out"] | None,
     width: int,
     *,
     gated: bool,
 ) -> Float[Array, "rows columns"]:
-    """`multiply_float` or `multiply_float_gated` of bfloat16, by the kernel.
+    """The products of `DotKernels` by the kernel: of int8, or of bfloat16, which has no scales.
 
     Args:
-        x: rows.
-        weight: the weight.
-        residual: as in `multiply_float`.
-        width: outputs of a tile, as `choose_width` finds it.
-        gated: whether to gate.
-
-    Raises:
-        ConfigError: the library cannot be loaded on this machine.
-    """
-    none = jnp.zeros((0, 1), jnp.float32)
-    return _call(x, none, weight, none, residual, width, gated=gated)
-
-
-@functools.partial(jax.jit, static_argnames=("width", "gated"))
-def run(
-    x: Int8[Array, "rows in"],
-    row_scales: Float32[Array, "rows blocks"],
-    values: Int8[Array, "out in"],
-    scales: Float32[Array, "out 1"],
-    residual: Float[Array, "rows out"] | None,
-    width: int,
-    *,
-    gated: bool,
-) -> Float[Array, "rows columns"]:
-    """`integer_dot_pallas.multiply` or `multiply_gated`, by the kernel.
-
-    Args:
-        x: rows of int8.
+        x: rows, of the weight's type.
         row_scales: their scales.
         values: the weight.
         scales: its scales.
-        residual: as in `multiply`, in bfloat16.
+        residual: what the product is added to.
         width: outputs of a tile, as `choose_width` finds it.
         gated: whether to gate.
+
+    Returns:
+        float32 [rows, out]; bfloat16 [rows, out] with a residual, [rows, out / 2] if gated.
 
     Raises:
         ConfigError: the library cannot be loaded on this machine.
     """
-    return _call(x, row_scales, values, scales, residual, width, gated=gated)
-
-
-def _call(
-    x: Array, row_scales: Array, values: Array, scales: Array, residual: Array | None, width: int, *, gated: bool
-) -> Array:
     prompt_library.register()
     rows, out = x.shape[0], values.shape[0]
     shape = (rows, out // 2) if gated else (rows, out)
     dtype = jnp.float32 if residual is None and not gated else jnp.bfloat16
+    none = jnp.zeros((0, 1), jnp.float32)
     return jax.ffi.ffi_call(prompt_library.DOT, jax.ShapeDtypeStruct(shape, dtype))(
         x,
-        row_scales,
+        none if row_scales is None else row_scales,
         values,
-        scales,
+        none if scales is None else scales,
         jnp.zeros((0, out), jnp.bfloat16) if residual is None else residual,
         gated=np.int32(gated),
         width=np.int32(width),

@@ -12,7 +12,6 @@ from aot_cache.targets import absent_device, find
 from elastic_jax import kernels
 from elastic_jax.batch import TokenBatch
 from elastic_jax.kernels import prompt_attention_cuda, prompt_library
-from elastic_jax.kernels.pallas_device import compute_capability
 from elastic_jax.kv_cache import QuantizedCache
 
 MISTRAL_SMALL = Shape(32, 8, 128, 64, "bfloat16")
@@ -78,12 +77,6 @@ def test_it_is_lowered_without_a_gpu_beside_generated_tokens_too(generated):
 
 
 # -- on the device -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def hopper():
-    if compute_capability("this test", "skip it") != prompt_library.CAPABILITY:
-        pytest.skip("the GPU is not a Hopper GPU, which the kernel is for")
 
 
 RAGGED = Packing(prompt=((0, 0, 130), (1, 100, 40), (2, 447, 1), (4, 0, 1), (3, 64, 128)))

@@ -11,8 +11,8 @@ from aot_cache.targets import absent_device, find
 from aot_cache.unit import Unit
 from elastic_jax import kernels
 from elastic_jax.groups import model_groups
-from elastic_jax.kernels import prompt_dot_cuda, prompt_library
-from elastic_jax.kernels.pallas_device import compute_capability, multiprocessors
+from elastic_jax.kernels import prompt_dot_cuda
+from elastic_jax.kernels.pallas_device import multiprocessors
 from elastic_jax.kernels.prompt_dot_cuda import choose_width
 from elastic_jax.quantization import activation_blocks
 
@@ -114,12 +114,6 @@ def test_products_of_floats_are_lowered_for_it_where_it_takes_them(case):
 # -- on the device -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hopper():
-    if compute_capability("this test", "skip it") != prompt_library.CAPABILITY:
-        pytest.skip("the GPU is not a Hopper GPU, which the kernel is for")
-
-
 def drawn(rows, out, contraction, blocks):
     """Operands drawn on the device, whose product is about 1."""
     keys = jax.random.split(jax.random.key(rows + out + contraction), 4)
@@ -202,12 +196,12 @@ def test_products_of_bfloat16_equal_the_reference(rows, out, contraction, width)
     x, weight, residual = drawn_bf16(rows, out, contraction)
     exact = jax.jit(lambda x, w: kernels.DOT["xla"].multiply_float(x.astype(jnp.float32), w.astype(jnp.float32), None))
     expected = np.asarray(exact(x, weight))
-    plain = prompt_dot_cuda.run_bf16(x, weight, None, width, gated=False)
+    plain = prompt_dot_cuda.run(x, None, weight, None, None, width, gated=False)
     assert plain.dtype == jnp.float32
     np.testing.assert_allclose(np.asarray(plain), expected, atol=1e-5 * np.abs(expected).max())
-    added = prompt_dot_cuda.run_bf16(x, weight, residual, width, gated=False)
+    added = prompt_dot_cuda.run(x, None, weight, None, residual, width, gated=False)
     assert (np.asarray(added) == np.asarray(residual) + np.asarray(plain.astype(jnp.bfloat16))).all()
-    gated = prompt_dot_cuda.run_bf16(x, weight, None, width, gated=True)
+    gated = prompt_dot_cuda.run(x, None, weight, None, None, width, gated=True)
     half = np.asarray(jax.nn.silu(plain[:, : out // 2]) * plain[:, out // 2 :])
     assert (gated.shape, gated.dtype) == (half.shape, jnp.bfloat16)
     np.testing.assert_allclose(np.asarray(gated, np.float32), half, rtol=2**-7, atol=1e-5)
