@@ -4,7 +4,7 @@ Method. Mistral-Small-3.1-24B's shape with random weights, on an NVIDIA GPU. The
 --check-layers layers fused and composed, and compares logits and written keys and values (norm of the difference over
 the norm). Decode: the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the
 clock stops when the last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a
-step; `limit_tb_s` is the sum of a 4 GB array, read in this run. Prompts run --prompt-layers layers.
+step; `limit_tb_s` is what was read in this run (`limits.py`). Prompts run --prompt-layers layers.
 
     python benches/decode.py --modes S XL --tokens 1 8 16 --out benches/results/<device>/decode.json
 """
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from environment import report
+from limits import read_limit
 from random_model import MISTRAL_SMALL, draw_units, jitted, random_weights
 
+from aot_cache.unit import Unit
 from elastic_jax.executables import default_step_config
 from elastic_jax.groups import model_groups
 from elastic_jax.plan import Plan, provisional_plans
@@ -42,11 +45,22 @@ def step_config(config: Any, tokens: int, context: int, decode: str) -> StepConf
     )
 
 
+def make_step(
+    config: Any, mode: str, tokens: int, context: int, decode: str, *, variant: str, chooser: str, kv: str
+) -> tuple[StepConfig, Unit]:
+    """A decode step of so many rows, and the unit that runs it; `variant` is `greedy` or `sampling`."""
+    step = dataclasses.replace(step_config(config, tokens, context, decode), sampling=chooser, kv=kv)
+    units = make_units(config, provisional_plans(config)[mode], step)
+    name = step_name(Bucket(tokens, 0), variant)
+    return step, next(unit for unit in units if unit.name == name)
+
+
 class Step:
-    """One compiled step with everything it takes.
+    """One step with everything it takes.
 
     Attributes:
         sampling: of the variant `sampling`, how rows sample: flat `SamplingInputs`; empty of the variant `greedy`.
+        executables: compiled units by name; without them the step is compiled here.
     """
 
     def __init__(
@@ -60,17 +74,19 @@ class Step:
         sampling: tuple[Any, ...] = (),
         chooser: str = "cuda",
         kv: str = "full",
+        executables: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
-        plan = provisional_plans(config)[mode]
-        self.step = dataclasses.replace(step_config(config, tokens, context, decode), sampling=chooser, kv=kv)
-        units = {unit.name: unit for unit in make_units(config, plan, self.step)}
-        unit = units[step_name(Bucket(tokens, 0), "sampling" if sampling else "greedy")]
+        variant = "sampling" if sampling else "greedy"
+        self.step, unit = make_step(config, mode, tokens, context, decode, variant=variant, chooser=chooser, kv=kv)
         leaves, _, _ = flatten(build_model(config, weights, self.step))
         self.weights = leaves
         self.tokens = tokens
         self.outputs = len(unit.donate)
         start = time.perf_counter()
-        self.call = jax.jit(unit.function, donate_argnums=unit.donate).lower(*unit.arguments).compile()
+        if executables is None:
+            self.call = jax.jit(unit.function, donate_argnums=unit.donate).lower(*unit.arguments).compile()
+        else:
+            self.call = executables[unit.name]
         self.compile_seconds = time.perf_counter() - start
         pages = self.step.pages
         row = np.arange(tokens, dtype=np.int32)
@@ -208,18 +224,6 @@ def draw(config: Any, mode: str) -> Any:
     return random_weights(config, plan, "bfloat16", jitted(units, device), seed=0)
 
 
-def reading_limit() -> float:
-    x = jax.random.bits(jax.random.key(0), (2**30,), jnp.uint32)
-    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.uint32))
-    total(x).block_until_ready()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        total(x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return x.nbytes / min(times) / 1e12
-
-
 def measure(
     config: Any, mode: str, weights: Any, tokens: int, context: int, decode: str, steps: int, kv: str
 ) -> dict[str, Any]:
@@ -258,7 +262,7 @@ def main() -> None:
     parser.add_argument("--composed", action="store_true", help="time the composed step too")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    limit = reading_limit()
+    limit = read_limit(jax.devices()[0]) / 1e12
     print(f"reading limit {limit:.2f} TB/s", flush=True)
     checks = []
     for mode in arguments.modes:

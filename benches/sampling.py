@@ -6,7 +6,11 @@ one before, and the clock stops when the last is done. `over_greedy` is the rati
 `dispatch_ms` is the host's part of a step: near `step_ms`, the host would have waited for the device.
 `--implementations` names those of choosing tokens.
 
+Steps are compiled here, on the device, or elsewhere for it: then a store of them is loaded.
+
     python benches/sampling.py --out benches/results/<device>/sampling.json
+    python benches/sampling.py --target h200 --work FOLDER      # compiles, without a GPU
+    python benches/sampling.py --store FOLDER --out benches/results/<device>/sampling-cross.json
 """
 
 import argparse
@@ -19,10 +23,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from decode import Step, draw
+from decode import Step, draw, make_step
 from environment import report
 from random_model import MISTRAL_SMALL
 
+from aot_cache.compiler import compile_units
+from aot_cache.store import Executable, load
+from elastic_jax import kernels
+from elastic_jax.device import device_to_compile_for
 from elastic_jax.executables import default_step_config
 from elastic_jax.requests import SamplingParams
 from elastic_jax.runner import SamplingTable
@@ -64,12 +72,40 @@ def turn(step: Step, state: list[Any], steps: int) -> tuple[list[Any], float, fl
     return state, (time.perf_counter() - start) / steps, (dispatched - start) / steps
 
 
+def compile_for(config: Any, arguments: argparse.Namespace) -> None:
+    """Compiles what is measured for an absent device, one store for each mode."""
+    device, options = device_to_compile_for(arguments.target)
+    for mode in arguments.modes:
+        units = [
+            make_step(config, mode, rows, arguments.context, "cuda", variant=variant, chooser="cuda", kv="full")[1]
+            for rows in arguments.rows
+            for variant in ("greedy", "sampling")
+        ]
+        compile_units(
+            units,
+            arguments.work / mode,
+            {},
+            device,
+            workers=2,
+            progress=lambda name, seconds, done, total: print(f"{done}/{total} {name} {seconds}", flush=True),
+            compiler_options=options,
+        )
+
+
+def load_compiled(folder: Path, mode: str) -> dict[str, Executable]:
+    kernels.prepare_to_load("pallas", "pallas", "cuda", "cuda")
+    return load(
+        folder / mode, {}, jax.devices()[0], root=folder, units=None, trust=True, workers=4, hint="", preload=True
+    )
+
+
 def measure(config: Any, mode: str, weights: Any, rows: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     made = {}
+    executables = None if arguments.store is None else load_compiled(arguments.store, mode)
     for chooser in arguments.implementations:
         for name, params in PARAMETERS.items():
             given = sampling_inputs(config, rows, params)
-            step = Step(config, mode, rows, arguments.context, "cuda", weights, given, chooser)
+            step = Step(config, mode, rows, arguments.context, "cuda", weights, given, chooser, executables=executables)
             made[chooser, name] = step, step.state(1)
     times: dict[Any, list[tuple[float, float]]] = {key: [] for key in made}
     for number in range(arguments.repeats + 1):
@@ -108,16 +144,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--implementations", nargs="+", default=["cuda"], choices=["cuda", "xla"])
     parser.add_argument("--most", type=float, default=0.03, help="status 1 if `cuda` costs more than that")
+    parser.add_argument("--target", help="compile for this device into --work, and measure nothing")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--store", type=Path, help="run what --target compiled there")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if (arguments.target is None) != (arguments.work is None):
+        parser.error("--target and --work go together")
     rows = []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
+    if arguments.target is not None:
+        compile_for(config, arguments)
+        return
     for mode in arguments.modes:
         weights = draw(config, mode)
         for count in arguments.rows:
             rows += measure(config, mode, weights, count, arguments)
         del weights
-    report(rows, {"bench": "sampling", "context": arguments.context, "steps": arguments.steps}, arguments.out)
+    compiled = "on the device" if arguments.store is None else "elsewhere"
+    facts = {"bench": "sampling", "context": arguments.context, "steps": arguments.steps, "compiled": compiled}
+    report(rows, facts, arguments.out)
     slow = [row for row in rows if row["implementation"] == "cuda" and row["over_greedy"] > arguments.most]
     for row in slow:
         print(f"{row['rows']} rows, {row['parameters']}: {100 * row['over_greedy']:.1f} % more than greedy")
