@@ -9,7 +9,7 @@ order of float additions differs.
 A layer's last product is handed to the next layer unadded, so that it may be split among blocks at no cost.
 
 There are two kinds of products. *Packed* ones (`cuda/products.cuh`) keep the activations of their part of a contraction
-in shared memory; they are for one or two tokens, and for GPUs before Hopper. *Streamed* ones (`cuda/streamed.cuh`) need
+in shared memory; they are for one token, and for GPUs before Hopper. *Streamed* ones (`cuda/streamed.cuh`) need
 Hopper's instructions, and are for more tokens. A layer's are all of one kind.
 """
 
@@ -98,8 +98,9 @@ _SCALED = 128
 _HOPPER, _HOPPER_MULTIPROCESSORS = 90, 132
 """Compute capability, and multiprocessors of H100 SXM and H200: sizes follow from them where none were measured."""
 
-_FEWEST_STREAMED = 3
-"""Tokens from which on streamed products are faster."""
+_FEWEST_STREAMED = 2
+"""Tokens from which on streamed products are faster: a whole step of 2 takes longer packed than of 8 streamed, since
+every block packs both tokens (benches/results/nvidia-h200/decode.json, latency.json)."""
 
 
 def library_path() -> Path:
