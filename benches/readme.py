@@ -125,10 +125,29 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 def latencies(results: list[dict[str, Any]]) -> str:
     """Each device's table, the fastest first, with the distances measured on the same device."""
-    fidelities = {r["environment"]["device"]: r for r in results if r["bench"] != "latency"}
-    tables = sorted((r for r in results if r["bench"] == "latency"), key=_fastest, reverse=True)
-    told = [readme_speed.latency(r, fidelities.get(r["environment"]["device"])) for r in tables]
+    fidelities = [r for r in results if r["bench"] != "latency"]
+    tables = sorted(
+        (r for r in results if r["bench"] == "latency" and r.get("kv") != "int8"), key=_fastest, reverse=True
+    )
+    told = [readme_speed.latency(r, _of_device(r, [f for f in fidelities if f.get("kv") != "int8"])) for r in tables]
+    rounded = next((f for f in fidelities if f.get("kv") == "int8"), None)
+    told += [
+        readme_speed.int8_cache(r, _of_device(r, tables), rounded)
+        for r in results
+        if r["bench"] == "latency" and r.get("kv") == "int8"
+    ]
     return "\n\n".join(["### Latency", *told])
+
+
+def _of_device(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """That of the same device."""
+    device = result["environment"]["device"]
+    return next((other for other in results if other["environment"]["device"] == device), None)
+
+
+def kernels(results: list[dict[str, Any]]) -> str:
+    """Of the device that reads fastest alone: the tables are long."""
+    return readme_speed.kernels(max(results, key=lambda result: result["limits"]["read_tb_s"]))
 
 
 def _fastest(latency: dict[str, Any]) -> float:
@@ -137,9 +156,13 @@ def _fastest(latency: dict[str, Any]) -> float:
 
 SECTIONS = {
     "headline": Section(("*/latency.json", "*/startup.json"), headline),
-    "latency": Section(("*/latency.json", "nvidia-*/fidelity.json"), latencies, optional=True),
-    "sampling": Section(("*/sampling.json",), each(readme_speed.sampling), optional=True),
-    "kernels": Section(("*/kernels.json",), each(readme_speed.kernels), optional=True),
+    "latency": Section(
+        ("*/latency.json", "*/latency-kv-int8.json", "nvidia-*/fidelity.json", "*/fidelity-kv-int8.json"),
+        latencies,
+        optional=True,
+    ),
+    "sampling": Section(("*/sampling*.json",), each(readme_speed.sampling), optional=True),
+    "kernels": Section(("*/kernels.json",), kernels, optional=True),
     "cpu": Section(("*/cpu.json",), each(readme_speed.cpu), optional=True),
     "search": Section(("*/search*.json",), readme_search.both, optional=True),
     "quality": Section(("*/quality.json",), each(readme_quality.quality), optional=True),

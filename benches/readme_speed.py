@@ -86,6 +86,25 @@ def latency(result: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> st
     return "\n\n".join(lines)
 
 
+def int8_cache(result: Mapping[str, Any], full: Mapping[str, Any] | None, fidelity: Mapping[str, Any] | None) -> str:
+    """What a KV cache in int8 changes: speeds beside those with one in bf16, and XL's distance to float32."""
+    others = {} if full is None else {_cell(row): row["decode_tok_s_per_seq"] for row in full["rows"]}
+    told = [
+        f"{row['decode_tok_s_per_seq']:.1f} in {row['mode']} at {row['batch']} x {row['context']}"
+        + (f" (in bf16 {others[_cell(row)]:.1f})" if _cell(row) in others else "")
+        for row in result["rows"]
+    ]
+    text = f"Tokens a second of a sequence with the KV cache in int8 ({where(result)}): {'; '.join(told)}."
+    if fidelity is not None:
+        kl = next(row["kl"] for row in fidelity["rows"] if row["mode"] == "XL" and row["dtype"] != "float32")
+        text += f" XL's KL to float32 with that cache is {kl:.4f} nats ({where(fidelity)})."
+    return text
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[str, int, int]:
+    return row["mode"], row["batch"], row["context"]
+
+
 def _when(result: Mapping[str, Any]) -> str:
     """Days and commits of a table's commands."""
     runs = sorted({(run["id"][:10], run["environment"]["commit"][:7]) for run in result["runs"]})
@@ -93,7 +112,7 @@ def _when(result: Mapping[str, Any]) -> str:
 
 
 def _against_peers(rows: Sequence[Mapping[str, Any]]) -> str:
-    speeds = {(row["mode"], row["batch"], row["context"]): row["decode_tok_s_per_seq"] for row in rows}
+    speeds = {_cell(row): row["decode_tok_s_per_seq"] for row in rows}
     told = [
         f"{mode} {ours / theirs:.2f} times {peer} at {batch} x {context}"
         for (peer, batch, context), theirs in speeds.items()
@@ -145,9 +164,10 @@ def sampling(result: Mapping[str, Any]) -> str:
     )
     layers = result.get("layers")
     step = f"a step of {layers} layers" if layers else "a whole step"
+    compiled = f", compiled {result['compiled']}," if "compiled" in result else ""
     return (
-        f"Sampling, with any of temperature, top-k, top-p, penalties and bias, makes {step} longer than greedy by at "
-        f"most {costs} sequences ({where(result)}; `benches/sampling.py`)."
+        f"Sampling, with any of temperature, top-k, top-p, penalties and bias, makes {step}{compiled} longer than "
+        f"greedy by at most {costs} sequences ({where(result)}; `benches/sampling.py`)."
     )
 
 
