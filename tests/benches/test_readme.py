@@ -58,6 +58,36 @@ def test_what_sampling_costs_is_that_of_the_dearest_parameters():
     text = readme_speed.sampling({**result(), "rows": rows})
     assert "a whole step longer than greedy by at most 60 µs (1.0 %) of 1 and 120 µs (2.0 %) of 16 sequences" in text
     assert "a step of 4 layers" in readme_speed.sampling({**result(), "rows": rows, "layers": 4})
+    elsewhere = readme_speed.sampling({**result(), "rows": rows, "compiled": "elsewhere"})
+    assert "a whole step, compiled elsewhere, longer than greedy" in elsewhere
+
+
+def test_speeds_with_an_int8_cache_stand_beside_those_without():
+    rounded = result()
+    rounded["rows"] = [row | {"decode_tok_s_per_seq": 150.0} for row in rounded["rows"][:2]]
+    rounded["rows"][1]["context"] = 99  # of which there is no other
+    fidelity = {
+        "environment": {"device": "a CPU", "cores": 2, "versions": {}},
+        "rows": [
+            {"mode": "XL", "dtype": "float32", "kl": 0.0},
+            {"mode": "XL", "dtype": "bfloat16", "kl": 0.00125},
+        ],
+    }
+    text = readme_speed.int8_cache(rounded, result(), fidelity)
+    assert "150.0 in S at 1 x 256 (in bf16 166.7); 150.0 in S at 1 x 99." in text
+    assert text.endswith("XL's KL to float32 with that cache is 0.0013 nats (a CPU, 2 cores).")
+    assert "bf16" not in readme_speed.int8_cache(rounded, None, None)
+
+
+def test_kernels_of_the_device_that_reads_fastest_are_shown():
+    def of(device: str, read: float) -> dict[str, Any]:
+        environment = result()["environment"] | {"device": device}
+        limits = {"read_tb_s": read, "int8_top_s": 1.0, "bf16_top_s": 1.0}
+        return {"environment": environment, "limits": limits, "left_out": [], "failed": [], "rows": []}
+
+    text = readme.kernels([of("NVIDIA X1", 3.2), of("NVIDIA X2", 4.6), of("NVIDIA X0", 1.0)])
+    assert "NVIDIA X2, 16 cores" in text
+    assert text.count("### Kernels") == 1
 
 
 def test_a_latency_table_fills_its_section_and_the_headline(folder: Path):

@@ -1,19 +1,46 @@
 """Tiny models for the tests of the core: converted and compiled once, whatever the number of test processes."""
 
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 import pytest
 from hypothesis import settings
+from task_index import index_read_once
 from tiny import CompiledTiny, compile_tiny, tiny_checkpoint
 
+from aot_cache import payload
+from aot_cache.target import Device
 from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.step import ComputeDtype
 
 # A first example compiles, which no deadline allows for; the same examples every time, so that a failure stays one.
 settings.register_profile("elastic_jax", deadline=None, derandomize=True)
 settings.load_profile("elastic_jax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def executables_opened_once() -> Iterator[None]:
+    """Opens the same bytes for the same device once a process.
+
+    On CPU opening one takes most of a second, and a hundred tests load a mode's eighteen. Files are read, checked and
+    refused as ever: what is kept is XLA's answer to bytes that were found whole. `tests/aot_cache` is without this.
+    """
+    from_bytes = payload.from_bytes
+    opened: dict[tuple[bytes, str, int], jax.stages.Compiled] = {}
+
+    def opened_once(blob: bytes, device: Device, *, source: str) -> Any:
+        key = hashlib.sha256(blob).digest(), device.platform, device.id
+        if key not in opened:
+            opened[key] = from_bytes(blob, device, source=source)
+        return opened[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(payload, "from_bytes", opened_once)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +70,10 @@ def compiled_tiny(shared_folder: Path) -> Callable[..., CompiledTiny]:
         return compile_tiny(shared_folder, name, mode, dtype)
 
     return compiled
+
+
+@pytest.fixture(scope="session")
+def task_index(shared_folder: Path) -> Iterator[None]:
+    """For tests that load lm-eval's tasks: its index is read once."""
+    with index_read_once(shared_folder):
+        yield

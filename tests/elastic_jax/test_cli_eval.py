@@ -50,6 +50,7 @@ def test_what_cannot_be_evaluated_is_one_message(call, path, tmp_path):
     assert call(tmp_path / "no.elastic", "--data", data)[0] == 1
 
 
+@pytest.mark.usefixtures("task_index")
 def test_options_reach_the_evaluation(call, path, tmp_path, monkeypatch):
     from elastic_jax.evaluation import evaluate
 

@@ -18,7 +18,7 @@ from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.errors import ConfigError, ExecutableError, MemoryPlanError, MismatchError, PlanError, TrustError
 from elastic_jax.executables import ModeStore, default_step_config, store_folders
 from elastic_jax.loading import usable_pool
-from elastic_jax.step import Bucket
+from elastic_jax.step import Bucket, StepConfig
 
 
 @pytest.fixture
@@ -256,7 +256,15 @@ def test_compiling_is_said_and_serves_the_next_load(
         assert again.generate([5, 6, 7], max_new_tokens=6, ignore_end=True).token_ids == first.token_ids
     assert counter.count() == 0
     (stored,) = store_folders(folder)
+    manifest = (stored / "manifest.json").read_text()
     edit(stored / "manifest.json", lambda manifest: manifest["identity"].update(jaxlib="0.0.1"))
+
+    def compile_again(_: ModeStore, step: StepConfig, **__: Any) -> None:
+        """To the same bytes, in no time."""
+        assert step.max_context == 100
+        (stored / "manifest.json").write_text(manifest)
+
+    monkeypatch.setattr(ModeStore, "compile", compile_again)
     load(folder, on_missing="compile")
     assert "because those stored do not fit" in capsys.readouterr().err
     assert load(folder).info()["max_context"] == 100

@@ -20,7 +20,7 @@ from elastic_jax.executables import store_folders
 from elastic_jax.frontier import FRONTIER
 from elastic_jax.hub_load import fetch_description
 from elastic_jax.hub_push import push
-from elastic_jax.step import Bucket, StepConfig
+from elastic_jax.step import Bucket
 
 # Large files go through a part of the client that calls its own HTTP library in a deprecated way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -87,8 +87,9 @@ def generate(model: ElasticMistral) -> tuple[int, ...]:
     return model.generate([5, 6, 7], max_new_tokens=8, ignore_end=True).token_ids
 
 
-def compile_here(monkeypatch: pytest.MonkeyPatch, step: StepConfig) -> None:
-    """What is compiled here is small."""
+def compile_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled here is small: the buckets that `generate` needs, as they are in what was pushed."""
+    step = tiny_step_config(rows=1, buckets=(Bucket(1, 0), Bucket(0, 16)))
     monkeypatch.setattr("elastic_jax.loading.default_step_config", lambda *_, **__: step)
 
 
@@ -204,7 +205,7 @@ def test_trusted_executables_that_do_not_fit_are_compiled_where_that_is_allowed(
     repository: Repository, pushed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_manifests(repository, pushed, jax="0.0.1")
-    compile_here(monkeypatch, tiny_step_config(buckets=(Bucket(4, 0), Bucket(0, 16))))
+    compile_here(monkeypatch)
     said: list[str] = []
     model = load(trust=True, on_missing="compile", say=said.append)
     assert "the executables of owner/tiny cannot be used" in said[0]
@@ -217,7 +218,7 @@ def test_trusted_executables_that_do_not_fit_are_compiled_where_that_is_allowed(
 def test_untrusted_executables_are_compiled_here_once_and_that_is_said(
     hub: HubServer, tokens: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compile_here(monkeypatch, tiny_step_config())
+    compile_here(monkeypatch)
     said: list[str] = []
     model = load(say=said.append)
     assert generate(model) == tokens

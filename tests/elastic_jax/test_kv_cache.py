@@ -108,7 +108,7 @@ def int8(checkpoint_of, tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8") / "tiny.elastic"
     shutil.copytree(checkpoint_of("tiny_mistral").path, folder, ignore=shutil.ignore_patterns("executables"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(executables._BUCKETS, "cpu", (Bucket(1, 0), Bucket(4, 0), Bucket(0, 32)))
+        patch.setitem(executables._BUCKETS, "cpu", (Bucket(4, 0), Bucket(0, 32)))
         return load(folder, "int8", on_missing="compile")
 
 

@@ -42,10 +42,15 @@ def answer(engine: Engine, number: int) -> list[TokenEvent]:
 
 
 @pytest.fixture(scope="module")
-def whole(compiled_tiny: Callable[..., CompiledTiny]) -> list[TokenEvent]:
-    """The answer to a prompt that is read in one step."""
-    engine = long_engine(compiled_tiny("XL", "float32"), 4608)
-    return answer(engine, engine.submit(request(1, TOKENS)))
+def at_once(compiled_tiny: Callable[..., CompiledTiny]) -> Engine:
+    """An engine that reads the prompt in one step."""
+    return long_engine(compiled_tiny("XL", "float32"), 4608)
+
+
+@pytest.fixture(scope="module")
+def whole(at_once: Engine) -> list[TokenEvent]:
+    """Its answer."""
+    return answer(at_once, at_once.submit(request(1, TOKENS)))
 
 
 def test_a_long_prompt_in_chunks_beside_another_sequence(
@@ -63,11 +68,8 @@ def test_a_long_prompt_in_chunks_beside_another_sequence(
         np.testing.assert_allclose([v for _, v in one.top], [v for _, v in other.top], atol=1e-3)
 
 
-def test_the_first_tokens_of_a_long_prompt_matter(
-    compiled_tiny: Callable[..., CompiledTiny], whole: list[TokenEvent]
-) -> None:
-    engine = long_engine(compiled_tiny("XL", "float32"), 4608)
+def test_the_first_tokens_of_a_long_prompt_matter(at_once: Engine, whole: list[TokenEvent]) -> None:
     other = request(1, TOKENS)
     changed = dataclasses.replace(other, prompt=((other.prompt[0] + 1) % 300, *other.prompt[1:]))
-    found = answer(engine, engine.submit(changed))
+    found = answer(at_once, at_once.submit(changed))
     assert found[0].log_probability != whole[0].log_probability

@@ -54,7 +54,7 @@ def checkpoint(shared_folder: Path, smollm2_gguf: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def sizes(checkpoint: Checkpoint) -> StepConfig:
     default = default_step_config(checkpoint.config, "cpu", "float32", kv_slots=2048, max_context=512)
-    return dataclasses.replace(default, rows=4, buckets=(Bucket(4, 0), Bucket(0, 64)))
+    return dataclasses.replace(default, rows=8, buckets=(Bucket(8, 0), Bucket(0, 64)))
 
 
 @pytest.fixture(scope="module")

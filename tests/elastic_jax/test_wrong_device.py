@@ -138,18 +138,26 @@ def test_an_error_says_why_a_plugin_does_not_start(
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device_map", ["None", "'cuda'", "'cuda:3'"])
 def test_from_python_it_is_one_exception(
-    python: Callable[..., subprocess.CompletedProcess[str]], checkpoint: str, device_map: str
+    python: Callable[..., subprocess.CompletedProcess[str]], checkpoint: str
 ) -> None:
+    """Whatever `device_map` asks for; all in one process, as importing Transformers takes most of it."""
     script = (
-        "from elastic_jax.transformers import AutoModelForCausalLM; "
-        f"AutoModelForCausalLM.from_pretrained({checkpoint!r}, device_map={device_map}, compile='never')"
+        "import traceback\n"
+        "from elastic_jax.transformers import AutoModelForCausalLM\n"
+        "for device_map in ('cuda', 'cuda:3', None):\n"
+        "    try:\n"
+        f"        AutoModelForCausalLM.from_pretrained({checkpoint!r}, device_map=device_map, compile='never')\n"
+        "    except Exception:\n"
+        "        print(traceback.format_exc(), end='---')\n"
     )
     done = python("-c", script, platforms="nonsense")
-    assert done.returncode == 1
-    assert done.stderr.count("Traceback") == 1
-    assert "ConfigError: JAX finds no device of JAX_PLATFORMS='nonsense'" in done.stderr.splitlines()[-1]
+    assert done.returncode == 0, done.stderr
+    *printed, rest = done.stdout.split("---")
+    assert (len(printed), rest) == (3, "")
+    for text in printed:
+        assert text.count("Traceback") == 1
+        assert "ConfigError: JAX finds no device of JAX_PLATFORMS='nonsense'" in text.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("unchecked_types")

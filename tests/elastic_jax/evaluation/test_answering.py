@@ -10,6 +10,8 @@ from elastic_jax.errors import EvaluationError
 from elastic_jax.evaluation import answering, answers, items, tasks
 from elastic_jax.evaluation.answers import Writer
 
+pytestmark = pytest.mark.usefixtures("task_index")
+
 
 class Guessing(LM):
     """Answers from a digest of the question: repeatable, and unlike for unlike questions."""

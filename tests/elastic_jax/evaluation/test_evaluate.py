@@ -7,23 +7,33 @@ from typing import Any
 
 import jax
 import pytest
-from tiny import compile_tiny
+from tiny import tiny_step_config
 
+from elastic_jax.checkpoint import Checkpoint
 from elastic_jax.elastic import ElasticMistral
 from elastic_jax.errors import EvaluationError, PlanError
 from elastic_jax.evaluation.evaluate import QUALITY, Evaluation, Settings
+from elastic_jax.executables import ModeStore
 from elastic_jax.info import describe, render
+from elastic_jax.step import Bucket
+
+pytestmark = pytest.mark.usefixtures("task_index")
 
 DEVICE = jax.devices()[0]
 TASKS = ("piqa", "mmlu", "winogrande")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")  # others rely on which modes the shared one has
-    for mode in ("XL", "L"):
-        compiled = compile_tiny(folder, "tiny_mistral", mode, "float32")
-    return compiled.checkpoint
+def checkpoint(compiled_tiny, tmp_path_factory):
+    """Modes XL and L; a copy, since others rely on which modes the shared one has."""
+    shared = compiled_tiny("XL", "float32").checkpoint.path
+    others = {path.name for path in shared.glob("executables/*/*")} - {"XL.float32"}
+    folder = tmp_path_factory.mktemp("evaluate") / "tiny.elastic"
+    shutil.copytree(shared, folder, ignore=shutil.ignore_patterns(*others, ".*.partial", ".*.old"))
+    copy = Checkpoint.open(folder)
+    step = tiny_step_config(buckets=(Bucket(4, 0), Bucket(0, 64)))
+    ModeStore(copy, copy.plan("L"), "float32", DEVICE).compile(step, workers=2, progress=lambda *_: None)
+    return copy
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from elastic_jax.evaluation import items, tasks
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
+pytestmark = pytest.mark.usefixtures("task_index")
+
 
 @pytest.fixture(scope="module")
 def loaded(item_folder):

@@ -13,6 +13,7 @@ from tiny import tiny_step_config
 
 from elastic_jax import loading
 from elastic_jax.errors import CheckpointError, ExecutableError
+from elastic_jax.step import Bucket
 from elastic_jax.transformers import AutoModelForCausalLM, AutoTokenizer, sources
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -39,10 +40,10 @@ print(tokenizer.decode(outputs[0]))
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache for the tests of this file, and steps that compile in seconds: their sizes change nothing here."""
+    """A cache for the tests of this file, and few steps, which compile in seconds: their sizes change nothing here."""
 
     def small(_: Any, __: str, dtype: Any, **___: Any) -> Any:
-        return tiny_step_config(dtype=dtype)
+        return tiny_step_config(dtype=dtype, buckets=(Bucket(4, 0), Bucket(0, 64)))
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
