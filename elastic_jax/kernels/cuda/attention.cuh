@@ -100,13 +100,6 @@ __device__ __forceinline__ uint4 pairs_of(const uint2& v) {
   return {pair_of(x[0], x[1]), pair_of(x[2], x[3]), pair_of(x[4], x[5]), pair_of(x[6], x[7])};
 }
 
-// The transpose of an 8x8 matrix of bf16 that the lanes of a warp hold in pairs.
-__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
-  uint32_t found;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(pair));
-  return found;
-}
-
 // This step's key or value [kDim] as kv_cache.py's `write` rounds it, by one warp; gives the scale. What is no number
 // makes the scale none, so that the step reports it.
 template <int kDim>
@@ -129,26 +122,6 @@ __device__ __forceinline__ float quantize_head(const float* from, int8_t* to) {
   for (int i = 0; i < kEach; ++i)
     to[first + i] = static_cast<int8_t>(fminf(fmaxf(rintf(from[first + i] / scale), -127.0f), 127.0f));
   return scale;
-}
-
-// Waits for all blocks of the cluster; what they wrote to their shared memory can be read.
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// A float of the shared memory of the cluster's block number `rank`.
-__device__ __forceinline__ float load_of_cluster(const float* mine, int rank) {
-  float value = 0;
-#if __CUDA_ARCH__ >= 900
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(value)
-               : "r"(address), "r"(rank)
-               : "memory");
-#endif
-  return value;
 }
 
 // The pieces of one token and key-value head, joined. `state(piece, g, which)` and `partial(piece, g, d)` load them.

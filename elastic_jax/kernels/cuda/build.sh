@@ -33,7 +33,8 @@ build() {
 for name in ${ONLY:-decode sampling prompt}; do
   case "$name" in
     decode) build libelastic_decode.so "${CAPABILITIES:-80 89 90a}" decode.cu layer.cuh packed_layer.cuh streamed_layer.cuh \
-      launch.cuh activations.cuh attention.cuh products.cuh streamed.cuh packing.cuh hopper.cuh -- "$@" ;;
+      launch.cuh activations.cuh attention.cuh products.cuh streamed.cuh packing.cuh instructions.cuh \
+      hopper.cuh -- "$@" ;;
     sampling) build libelastic_sampling.so "${CAPABILITIES:-80 89 90 100 120}" sampling.cu sampling.cuh -- "$@" ;;
     prompt) build libelastic_prompt.so 90a prompt.cu prompt_dot.cuh prompt_attention.cuh hopper.cuh -- "$@" ;;
     *) echo "no library is called $name; there are: decode sampling prompt" >&2 && exit 2 ;;

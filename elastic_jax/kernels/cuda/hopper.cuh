@@ -1,6 +1,6 @@
 // What kernels need of Hopper (compute capability 9.0), one function an instruction: barriers in
 // shared memory, tensors fetched by the tensor memory accelerator (TMA), products of a warpgroup. The PTX ISA, from 8.0
-// on, describes them.
+// on, describes them. For a CPU there are none here: the test that runs kernels on one brings its own.
 //
 // An operand of a product is rows of 128 bytes, one after the other, each eight of which (1024 bytes, aligned so) are
 // swizzled as TMA does it: 16-byte pieces of row r are exchanged by XOR with r % 8.
@@ -23,8 +23,16 @@ __device__ inline uint32_t shared_address(const void* at) {
 
 // -- barriers ---------------------------------------------------------------------------------------------------------
 
+#ifdef __CUDACC__
+
 __device__ inline void init_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Until so many threads of the block are here, of which all are in whole warps.
+template <int kThreads>
+__device__ inline void wait_for_threads() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
 // Initialized barriers become visible to TMA.
@@ -55,6 +63,8 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+#endif
+
 // A place in a ring of stages, and the parity of the turn: of the phase in which what is fetched there arrives.
 template <int kStages>
 struct RingPlace {
@@ -70,6 +80,8 @@ struct RingPlace {
 };
 
 // -- tensors ----------------------------------------------------------------------------------------------------------
+
+#ifdef __CUDACC__
 
 // A box of a matrix, from a column and a row on; what lies outside is zero, and counts as fetched. With kOnce it is the
 // first to leave the L2 cache.
@@ -109,17 +121,9 @@ __device__ inline void fetch_bytes(void* to, const void* from, int bytes, uint64
                : "memory");
 }
 
+#endif
+
 // -- products of a warpgroup ------------------------------------------------------------------------------------------
-
-template <int kRegisters>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ inline void leave_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 
 // Describes an operand in shared memory: its address, the bytes between groups of eight rows, the swizzle of 128 bytes.
 // 32 bytes further along the rows are 2 more. The distance in bits 16 to 29 does not matter for operands that lie so.
@@ -133,6 +137,18 @@ __device__ inline uint64_t describe(const void* operand) {
 __device__ inline uint64_t describe_columns(const void* operand, int apart) {
   constexpr uint64_t kGroup = 8 * kOperandBytes >> 4, kSwizzled = 1;
   return (shared_address(operand) & 0x3ffff) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | kGroup << 32 | kSwizzled << 62;
+}
+
+#ifdef __CUDACC__
+
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ inline void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -322,6 +338,8 @@ __device__ inline void multiply_columns(float (&sums)[64], uint32_t left0, uint3
 
 #undef ELASTIC_SUMS16
 #undef ELASTIC_SUMS4
+
+#endif
 
 // -- matrices for TMA -------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-// How activations are laid out for the tensor cores, and what kernels of one stream that overlap need.
+// How activations are laid out for the tensor cores.
 //
 // A weight [out, in] is read in chunks: 8 outputs times 64 bytes of the contraction, 16 bytes a lane. Such a chunk is the
 // right operand of the tensor cores (m16n8k32 for int8, m16n8k16 for bf16), as it lies: the order of the contraction's
@@ -11,9 +11,7 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-
-#include <cstdint>
+#include "instructions.cuh"
 
 namespace elastic {
 
@@ -21,46 +19,12 @@ constexpr int kChunkBytes = 64;  // of one output's row
 constexpr int kTileRows = 8;     // outputs of one chunk
 constexpr int kLaneChunk = kTileRows * kChunkBytes;
 
-// Lets the next kernel of the stream start, as far as its `wait_for_predecessor`.
-__device__ __forceinline__ void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Waits until everything that the kernel before wrote can be read; earlier, only what older steps wrote may be touched.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-               "l"(global)
-               : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Asks for a line of memory to be brought into the L2 cache.
-__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
-
 struct Int8 {
   using Sum = int32_t;
   static constexpr int kPlanes = 2;
 
   __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
+    multiply_operands(sum, x, w0, w1);
   }
 };
 
@@ -69,10 +33,7 @@ struct Bf16 {
   static constexpr int kPlanes = 1;
 
   __device__ static void multiply(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(w0), "r"(w1));
+    multiply_operands(sum, x, w0, w1);
   }
 };
 

@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 #pragma unroll
         for (int half = 0; half < 2; ++half) *reinterpret_cast<uint4*>(of_stage + half * Ring::kHalf + i * 16) = uint4{};
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      asm volatile("bar.sync 1, %0;" ::"n"(2 * kWarpgroup) : "memory");
+      wait_for_threads<2 * kWarpgroup>();
     };
 
     if (tile.blocks > 0) {

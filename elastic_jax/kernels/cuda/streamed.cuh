@@ -137,7 +137,7 @@ struct Stream {
 
 // Until all threads that multiply are here.
 __device__ __forceinline__ void wait_for_multipliers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers * kWarpgroup) : "memory");
+  wait_for_threads<kMultipliers * kWarpgroup>();
 }
 
 template <typename Weight, int kTiles, int kPadded, bool kSwiGlu>
