@@ -4,7 +4,7 @@ Method. Mistral-Small-3.1-24B's shape with random weights, on an NVIDIA GPU. The
 --check-layers layers fused and composed, and compares logits and written keys and values (norm of the difference over
 the norm). Decode: the greedy step of D rows is dispatched --steps times, each with the state of the one before, and the
 clock stops when the last is done. `read_tb_s` counts weights (without the embedding) and live keys and values once a
-step; `limit_tb_s` is what was read in this run (`limits.py`). Prompts run --prompt-layers layers.
+step; `limit_tb_s` is the reading limit measured in this run (`limits.py`). Prompts run --prompt-layers layers.
 
     python benches/decode.py --modes S XL --tokens 1 8 16 --out benches/results/<device>/decode.json
 """

@@ -151,6 +151,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.target is None) != (arguments.work is None):
         parser.error("--target and --work go together")
+    if arguments.target is not None and arguments.store is not None:
+        parser.error("--target compiles and --store measures: give one of them")
+    if (arguments.target or arguments.store) and arguments.implementations != ["cuda"]:
+        parser.error("stores have the implementation cuda alone")
     rows = []
     config = dataclasses.replace(MISTRAL_SMALL, num_layers=arguments.layers)
     if arguments.target is not None:
@@ -162,7 +166,14 @@ def main() -> None:
             rows += measure(config, mode, weights, count, arguments)
         del weights
     compiled = "on the device" if arguments.store is None else "elsewhere"
-    facts = {"bench": "sampling", "context": arguments.context, "steps": arguments.steps, "compiled": compiled}
+    facts: dict[str, Any] = {
+        "bench": "sampling",
+        "context": arguments.context,
+        "steps": arguments.steps,
+        "compiled": compiled,
+    }
+    if arguments.layers != MISTRAL_SMALL.num_layers:
+        facts["layers"] = arguments.layers
     report(rows, facts, arguments.out)
     slow = [row for row in rows if row["implementation"] == "cuda" and row["over_greedy"] > arguments.most]
     for row in slow:

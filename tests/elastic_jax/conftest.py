@@ -22,15 +22,20 @@ settings.register_profile("elastic_jax", deadline=None, derandomize=True)
 settings.load_profile("elastic_jax")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def executables_opened_once() -> Iterator[None]:
+@pytest.fixture(scope="session")
+def opened() -> dict[tuple[bytes, str, int], jax.stages.Compiled]:
+    """Executables by what they were read from, and for which device."""
+    return {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def executables_opened_once(opened: dict[tuple[bytes, str, int], jax.stages.Compiled]) -> Iterator[None]:
     """Opens the same bytes for the same device once a process.
 
     On CPU opening one takes most of a second, and a hundred tests load a mode's eighteen. Files are read, checked and
     refused as ever: what is kept is XLA's answer to bytes that were found whole. `tests/aot_cache` is without this.
     """
     from_bytes = payload.from_bytes
-    opened: dict[tuple[bytes, str, int], jax.stages.Compiled] = {}
 
     def opened_once(blob: bytes, device: Device, *, source: str) -> Any:
         key = hashlib.sha256(blob).digest(), device.platform, device.id
@@ -72,7 +77,7 @@ def compiled_tiny(shared_folder: Path) -> Callable[..., CompiledTiny]:
     return compiled
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def task_index(shared_folder: Path) -> Iterator[None]:
     """For tests that load lm-eval's tasks: its index is read once."""
     with index_read_once(shared_folder):

@@ -6,15 +6,20 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <deque>
+#include <functional>
 
 namespace elastic {
 
 inline void release_successor() {}
 inline void wait_for_predecessor() {}
-inline void wait_for_cluster() { std::abort(); }  // there are no clusters
-inline float load_of_cluster(const float*, int) { std::abort(); }
+inline void wait_for_cluster() { __syncthreads(); }  // a launch of more than one block a cluster is refused
+inline float load_of_cluster(const float* mine, int) { return *mine; }
 
-// As late as it may happen: what is read without waiting for it is not there.
+// What is copied and fetched comes as late as it may in one order, so that what is read without waiting for it is not
+// there; and at once in the other, so that what is written over while it is still read is gone.
+inline bool at_once() { return emulation::descending; }
+
 struct Copy {
   void* to;
   const void* from;
@@ -31,7 +36,10 @@ inline Copies& mine() {
   return copies[at];
 }
 
-inline void copy_async(void* to, const void* from) { mine().open.push_back({to, from}); }
+inline void copy_async(void* to, const void* from) {
+  if (at_once()) std::memcpy(to, from, 16);
+  else mine().open.push_back({to, from});
+}
 
 inline void commit_copies() {
   mine().groups.push_back(std::move(mine().open));
@@ -53,13 +61,13 @@ struct Operands {
   uint32_t x[4], w[2];
 };
 
-// The sums of one lane: rows lane / 4 and 8 below, columns 2 * (lane % 4) and the next. `element(words, k)` is number k of
-// 16 bytes' lanes: of a row, four lanes hold two words each, numbers 0 to half in the first.
+// One lane's sums: of row lane / 4 and of the one 8 below, columns 2 * (lane % 4) and the next. Four lanes hold a row, in
+// two words each: the first words have its first half. `number(word, i)` is number i of a word.
 template <typename Sum, int kNumbers, typename Number>
 void multiply_lanes(Sum (&sum)[4], const uint32_t (&x)[4], uint32_t w0, uint32_t w1, const Number& number) {
   Operands all[emulation::kWarp];
   emulation::shown(Operands{{x[0], x[1], x[2], x[3]}, {w0, w1}}, all);
-  constexpr int kInWord = kNumbers / 8;  // of 4 lanes' 2 words
+  constexpr int kInWord = kNumbers / 8;
   const int lane = emulation::lane();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, below = i / 2, column = 2 * (lane % 4) + i % 2;
@@ -126,8 +134,23 @@ inline void arrive_expecting(uint64_t* barrier, int bytes) {
 
 inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
 
+// Late ones arrive when somebody waits in vain, in the order in which they were asked for.
+thread_local std::deque<std::function<void()>> fetches;
+
+template <typename Deliver>
+void ask(const Deliver& deliver) {
+  if (at_once()) deliver();
+  else fetches.push_back(deliver);
+}
+
 inline void wait(uint64_t* barrier, uint32_t parity) {
-  emulation::block->poll([&] { return phase_of(barrier).parity != parity; });
+  emulation::block->poll([&] {
+    while (phase_of(barrier).parity == parity && !fetches.empty()) {
+      fetches.front()();
+      fetches.pop_front();
+    }
+    return phase_of(barrier).parity != parity;
+  });
 }
 
 template <int kThreads>
@@ -146,18 +169,22 @@ inline size_t swizzled(size_t at) { return at ^ (at >> 7 & 7) << 4; }
 
 template <bool kOnce>
 inline void fetch(void* to, const CUtensorMap* map, int column, int row, uint64_t* barrier) {
-  const size_t first = __cvta_generic_to_shared(to);
-  for (int r = 0; r < map->high; ++r)
-    for (int c = 0; c < map->wide; ++c) {
-      const bool inside = row + r < map->rows && column + c < map->columns;
-      shared[swizzled(first + r * map->wide + c)] = inside ? map->at[(row + r) * map->apart + column + c] : 0;
-    }
-  arrived(barrier, map->high * map->wide);
+  ask([=] {
+    const size_t first = __cvta_generic_to_shared(to);
+    for (int r = 0; r < map->high; ++r)
+      for (int c = 0; c < map->wide; ++c) {
+        const bool inside = row + r < map->rows && column + c < map->columns;
+        shared[swizzled(first + r * map->wide + c)] = inside ? map->at[(row + r) * map->apart + column + c] : 0;
+      }
+    arrived(barrier, map->high * map->wide);
+  });
 }
 
 inline void fetch_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
-  std::memcpy(to, from, bytes);
-  arrived(barrier, bytes);
+  ask([=] {
+    std::memcpy(to, from, bytes);
+    arrived(barrier, bytes);
+  });
 }
 
 template <int kRegisters>
@@ -196,6 +223,7 @@ inline void multiply_tiles(Sum (&sums)[kSums], uint64_t left, uint64_t right, in
 
 void emulation::forget_copies() {
   for (auto& each : elastic::copies) each = {};
+  elastic::fetches.clear();
 }
 
 cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** entry, unsigned, int, cudaDriverEntryPointQueryResult* found) {

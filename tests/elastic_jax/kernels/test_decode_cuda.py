@@ -1,4 +1,4 @@
-"""Sizes, the committed library, what is refused; results, on a GPU and of the packed kernels on a CPU.
+"""Sizes, the committed library, what is refused; results, on a GPU and on a CPU (`decode_emulation.cpp`).
 
 `benches/decode.py` compares them at full size.
 """
@@ -235,16 +235,19 @@ def emulations(shared_folder, tmp_path_factory):
 @pytest.fixture
 def emulation(emulations, monkeypatch):
     """`emulation(capability, descending)`: from then on programs for the CPU call it as if it were such a GPU."""
-    call = jax.ffi.ffi_call
+    call, called = jax.ffi.ffi_call, set()
 
     def become(capability, descending):
+        def on_cpu(name, *given, **more):
+            called.add(name)
+            return call(f"{name}_{capability}", *given, **more)
+
         emulations[capability].set_descending(descending)
         monkeypatch.setattr(decode_cuda, "compute_capability", lambda *_: capability)
-        monkeypatch.setattr(
-            jax.ffi, "ffi_call", lambda name, *given, **more: call(f"{name}_{capability}", *given, **more)
-        )
+        monkeypatch.setattr(jax.ffi, "ffi_call", on_cpu)
 
-    return become
+    yield become
+    assert called == {"elastic_decode_layer", "elastic_decode_head"}, "the step was composed"
 
 
 SMALL = {"hidden_size": 512, "intermediate_size": 512, "num_layers": 2, "vocab_size": 256}
@@ -254,7 +257,7 @@ SMALL = {"hidden_size": 512, "intermediate_size": 512, "num_layers": 2, "vocab_s
     ("capability", "mode", "tokens", "heads", "kv_heads", "dim", "precision", "descending"),
     [
         (80, "S", 1, 4, 1, 64, "full", False),
-        (80, "XL", 2, 3, 1, 64, "int8", True),
+        (80, "XL", 2, 6, 2, 64, "int8", True),
         (80, "mixed", 11, 2, 2, 128, "int8", False),
         (80, "S", 16, 4, 1, 64, "full", True),
         (90, "S", 2, 4, 1, 64, "full", False),
@@ -263,7 +266,9 @@ SMALL = {"hidden_size": 512, "intermediate_size": 512, "num_layers": 2, "vocab_s
         (90, "S", 40, 4, 1, 64, "full", True),
     ],
 )
-def test_they_do_on_a_cpu(emulation, capability, mode, tokens, heads, kv_heads, dim, precision, descending):
+def test_layers_and_head_equal_the_composed_ones_on_a_cpu(
+    emulation, capability, mode, tokens, heads, kv_heads, dim, precision, descending
+):
     emulation(capability, descending)
     # XLA keeps more than bf16 between the composed ones' operations on a CPU, so they come nearer.
     compare_with_composed(mode, tokens, heads, kv_heads, dim, precision, SMALL, pages=12, more=1.5)
@@ -335,7 +340,7 @@ def test_what_is_no_number_reaches_the_logits(tokens, group, output):
 @pytest.mark.parametrize(
     ("group", "output"), [("qkv", 5), ("qkv", 4 * 64 + 5), ("qkv", -5), ("o", 5), ("gate_up", 5), ("down", 5)]
 )
-def test_it_does_on_a_cpu(emulation, capability, tokens, group, output):
+def test_what_is_no_number_reaches_the_logits_on_a_cpu(emulation, capability, tokens, group, output):
     emulation(capability, False)
     break_a_scale(tokens, group, output, SMALL | {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64})
 

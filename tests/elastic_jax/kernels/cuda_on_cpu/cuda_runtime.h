@@ -270,8 +270,12 @@ inline float __uint_as_float(uint32_t bits) {
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 
-// What is no number becomes 0, as on a GPU.
-inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(x)); }
+// What is no number becomes 0, and what is too large the largest, as on a GPU.
+inline int __float2int_rn(float x) {
+  if (std::isnan(x)) return 0;
+  if (x >= 0x1p31f) return INT32_MAX;
+  return x < -0x1p31f ? INT32_MIN : static_cast<int>(std::nearbyint(x));
+}
 
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
@@ -301,6 +305,8 @@ namespace emulation {
 
 inline int generation = 8;  // of the GPU: an A100, or an H100, but for the number of multiprocessors
 
+inline size_t most_shared() { return generation == 8 ? 163 << 10 : kShared; }  // of a block
+
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -310,9 +316,9 @@ inline cudaError_t cudaGetDevice(int* device) {
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute == cudaDevAttrMultiProcessorCount) *value = 3;
-  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value = emulation::kShared + 1024;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor) *value = emulation::most_shared() + 1024;
   if (attribute == cudaDevAttrComputeCapabilityMajor) *value = emulation::generation;
-  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulation::kShared;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulation::most_shared();
   return cudaSuccess;
 }
 
@@ -371,7 +377,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto* const called = static_cast<decltype(call)*>(given);
     called->first(*called->second);
   };
-  if (config->dynamicSmemBytes > emulation::kShared) return cudaErrorInvalidValue;
+  if (config->dynamicSmemBytes > emulation::most_shared()) return cudaErrorInvalidValue;
   if (config->numAttrs > 1) return cudaErrorNotSupported;  // clusters
   const dim3 blocks = gridDim = config->gridDim;
   blockDim = config->blockDim;
