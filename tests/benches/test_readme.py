@@ -74,7 +74,7 @@ def test_speeds_with_an_int8_cache_stand_beside_those_without():
         ],
     }
     text = readme_speed.int8_cache(rounded, result(), fidelity)
-    assert "150.0 in S at 1 x 256 (in bf16 166.7); 150.0 in S at 1 x 99." in text
+    assert "150.0 in S at 1 x 256 (in bf16 166.7); 150.0 in S at 1 x 99. Measured on 2026-01-02" in text
     assert text.endswith("XL's KL to float32 with that cache is 0.0013 nats (a CPU, 2 cores).")
     assert "bf16" not in readme_speed.int8_cache(rounded, None, None)
 
