@@ -94,7 +94,9 @@ def int8_cache(result: Mapping[str, Any], full: Mapping[str, Any] | None, fideli
         + (f" (in bf16 {others[_cell(row)]:.1f})" if _cell(row) in others else "")
         for row in result["rows"]
     ]
-    text = f"Tokens a second of a sequence with the KV cache in int8 ({where(result)}): {'; '.join(told)}. {_when(result)}"
+    text = (
+        f"Tokens a second of a sequence with the KV cache in int8 ({where(result)}): {'; '.join(told)}. {_when(result)}"
+    )
     if fidelity is not None:
         kl = next(row["kl"] for row in fidelity["rows"] if row["mode"] == "XL" and row["dtype"] != "float32")
         text += f" XL's KL to float32 with that cache is {kl:.4f} nats ({where(fidelity)})."
