@@ -124,19 +124,16 @@ def each(render: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, An
 
 
 def latencies(results: list[dict[str, Any]]) -> str:
-    """Each device's table, the fastest first, with the distances measured on the same device."""
-    fidelities = [r for r in results if r["bench"] != "latency"]
-    tables = sorted(
-        (r for r in results if r["bench"] == "latency" and r.get("kv") != "int8"), key=_fastest, reverse=True
-    )
-    told = [readme_speed.latency(r, _of_device(r, [f for f in fidelities if f.get("kv") != "int8"])) for r in tables]
-    rounded = next((f for f in fidelities if f.get("kv") == "int8"), None)
-    told += [
-        readme_speed.int8_cache(r, _of_device(r, tables), rounded)
-        for r in results
-        if r["bench"] == "latency" and r.get("kv") == "int8"
-    ]
-    return "\n\n".join(["### Latency", *told])
+    """Each device's table, the fastest first, with what an int8 KV cache changes and the distances measured on it."""
+    full, rounded = ([r for r in results if (r.get("kv") == "int8") == int8] for int8 in (False, True))
+    distances = [r for r in full if r["bench"] != "latency"]
+    distance = next((r for r in rounded if r["bench"] != "latency"), None)
+    told = ["### Latency"]
+    for device in sorted((r for r in full if r["bench"] == "latency"), key=_fastest, reverse=True):
+        told.append(readme_speed.latency(device, _of_device(device, distances)))
+        if int8 := _of_device(device, [r for r in rounded if r["bench"] == "latency"]):
+            told.append(readme_speed.int8_cache(int8, device, distance))
+    return "\n\n".join(told)
 
 
 def _of_device(result: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any] | None:

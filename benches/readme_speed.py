@@ -86,9 +86,9 @@ def latency(result: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> st
     return "\n\n".join(lines)
 
 
-def int8_cache(result: Mapping[str, Any], full: Mapping[str, Any] | None, fidelity: Mapping[str, Any] | None) -> str:
+def int8_cache(result: Mapping[str, Any], full: Mapping[str, Any], fidelity: Mapping[str, Any] | None) -> str:
     """What a KV cache in int8 changes: speeds beside those with one in bf16, and XL's distance to float32."""
-    others = {} if full is None else {_cell(row): row["decode_tok_s_per_seq"] for row in full["rows"]}
+    others = {_cell(row): row["decode_tok_s_per_seq"] for row in full["rows"]}
     told = [
         f"{row['decode_tok_s_per_seq']:.1f} in {row['mode']} at {row['batch']} x {row['context']}"
         + (f" (in bf16 {others[_cell(row)]:.1f})" if _cell(row) in others else "")
